@@ -1,0 +1,87 @@
+//! Who asks, and whether they may.
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+/// A user as authentication found them (`authentication.k8s.io/v1` UserInfo).
+///
+/// A request from inside the process carries one in its extensions; only in-process callers can
+/// put it there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UserInfo {
+    /// The name that rules and audit know them by.
+    pub username: String,
+    /// A name that is never given to another.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub uid: String,
+    /// Groups.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<String>,
+    /// What else the authenticator said.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub extra: BTreeMap<String, Vec<String>>,
+}
+
+/// What a request wants to do, as an authorizer sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attributes {
+    /// Who asks.
+    pub user: UserInfo,
+    /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`, …; for
+    /// other paths the HTTP method in lower case.
+    pub verb: String,
+    /// Whether it names a resource; otherwise only `path` counts.
+    pub resource_request: bool,
+    /// API group.
+    pub group: String,
+    /// API version.
+    pub version: String,
+    /// Plural resource name.
+    pub resource: String,
+    /// Subresource, or empty.
+    pub subresource: String,
+    /// Namespace, or empty.
+    pub namespace: String,
+    /// Object name, or empty.
+    pub name: String,
+    /// URL path.
+    pub path: String,
+}
+
+/// An authorizer's answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Yes, because.
+    Allow(String),
+    /// No, whatever others say.
+    Deny(String),
+    /// Not for this authorizer to say.
+    NoOpinion(String),
+}
+
+/// Decides whether a request may go on.
+pub trait Authorizer: Send + Sync + 'static {
+    /// Decides from memory, without I/O.
+    fn authorize(&self, attributes: &Attributes) -> Decision;
+}
+
+/// What came with a request that may say who asks.
+#[derive(Clone, Debug, Default)]
+pub struct Credentials {
+    /// The client's certificate in DER, its chain already verified against the cluster's client
+    /// certificate authority in the TLS handshake.
+    pub client_certificate: Option<Vec<u8>>,
+    /// The `Authorization: Bearer` token.
+    pub bearer_token: Option<String>,
+}
+
+/// Finds out who asks.
+#[async_trait]
+pub trait Authenticator: Send + Sync + 'static {
+    /// The user; `Ok(None)` if no credentials were given (the caller is then
+    /// `system:anonymous`, or refused); `Err` with a reason for the log if they are bad (401).
+    async fn authenticate(&self, credentials: &Credentials) -> Result<Option<UserInfo>, String>;
+}

@@ -1,0 +1,5 @@
+//! A thin control plane that speaks the Kubernetes API.
+
+pub mod admission;
+pub mod auth;
+pub mod lookup;
