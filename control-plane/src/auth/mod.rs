@@ -1,5 +1,7 @@
 //! Who asks, and whether they may.
 
+pub mod x509;
+
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
