@@ -17,4 +17,9 @@ pub trait Lookup: Send + Sync + 'static {
     ) -> Option<Arc<Value>>;
     /// All objects of a resource, in one namespace or in all.
     fn list(&self, group: &str, plural: &str, namespace: Option<&str>) -> Vec<Arc<Value>>;
+    /// A number that differs after every change to the resource's objects, so that what was derived
+    /// from them is known to be good still without listing them. `None`: not known, list and compare.
+    fn version(&self, _group: &str, _plural: &str) -> Option<u64> {
+        None
+    }
 }
