@@ -1,0 +1,207 @@
+//! Config files: the documented `KubeletConfiguration` and `KubeProxyConfiguration`.
+//!
+//! Three things can be with a field. It is supported: it takes effect. It is documented but not
+//! supported here: a warning names it. It is wrong (unknown, or of another type): an error names it
+//! with its line, and nothing starts.
+
+pub(crate) mod duration;
+mod kubelet;
+mod proxy;
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use serde_json::{Map, Value};
+
+pub(crate) use kubelet::KubeletSettings;
+pub(crate) use proxy::ProxySettings;
+
+/// The largest config file that is read.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// What kind of value a documented field holds, and whether it does something here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Field {
+    /// It takes effect; the value must be of this type.
+    Supported(Type),
+    /// It is documented, but does nothing here; the user is told.
+    Unsupported,
+    /// An object whose fields are in this table.
+    Object(&'static [(&'static str, Field)]),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Type {
+    Bool,
+    Integer,
+    Text,
+    Duration,
+    Texts,
+    TextMap,
+    Objects,
+}
+
+impl Type {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bool => "true or false",
+            Self::Integer => "a whole number",
+            Self::Text => "text",
+            Self::Duration => "a duration such as 10s or 1m30s",
+            Self::Texts => "a list of texts",
+            Self::TextMap => "a map of texts",
+            Self::Objects => "a list of objects",
+        }
+    }
+
+    fn fits(self, value: &Value) -> bool {
+        match self {
+            Self::Bool => value.is_boolean(),
+            Self::Integer => value.is_i64(),
+            Self::Text => value.is_string(),
+            Self::Duration => value.as_str().is_some_and(|text| duration::parse(text).is_ok()),
+            Self::Texts => value.as_array().is_some_and(|all| all.iter().all(Value::is_string)),
+            Self::TextMap => {
+                value.as_object().is_some_and(|all| all.values().all(Value::is_string))
+            }
+            Self::Objects => value.as_array().is_some_and(|all| all.iter().all(Value::is_object)),
+        }
+    }
+}
+
+/// A config file as read: its fields, and what of them has no effect.
+#[derive(Debug)]
+struct Checked {
+    fields: Value,
+    unsupported: Vec<String>,
+}
+
+/// Reads a config file of the given kind and holds it against the table of its fields.
+fn read(path: &Path, kind: &str, group: &str, table: &[(&str, Field)]) -> anyhow::Result<Checked> {
+    let context = || format!("config file {}", path.display());
+    let size = std::fs::metadata(path).with_context(context)?.len();
+    if size > MAX_BYTES {
+        bail!(
+            "config file {}: {size} bytes are more than the {MAX_BYTES} that are read",
+            path.display()
+        );
+    }
+    let text = std::fs::read(path).with_context(context)?;
+    check(&text, kind, group, table).with_context(context)
+}
+
+fn check(text: &[u8], kind: &str, group: &str, table: &[(&str, Field)]) -> anyhow::Result<Checked> {
+    let document = keelson_api::yaml::document(text, keelson_api::yaml::Limits::default())?;
+    let text = String::from_utf8_lossy(text);
+    let Value::Object(mut fields) = document else {
+        bail!("line 1: a {kind} is a map of fields");
+    };
+    let found_kind = fields.remove("kind");
+    if found_kind.as_ref().and_then(Value::as_str) != Some(kind) {
+        bail!(
+            "line {}: kind {kind} is wanted, not {}",
+            line_of(&text, &["kind"]),
+            found_kind.unwrap_or(Value::Null)
+        );
+    }
+    let version = fields.remove("apiVersion");
+    if version.as_ref().and_then(Value::as_str) != Some(group) {
+        bail!(
+            "line {}: apiVersion {group} is wanted, not {}",
+            line_of(&text, &["apiVersion"]),
+            version.unwrap_or(Value::Null)
+        );
+    }
+    let mut unsupported = Vec::new();
+    check_fields(&fields, table, &mut Vec::new(), &text, &mut unsupported)?;
+    Ok(Checked { fields: Value::Object(fields), unsupported })
+}
+
+fn check_fields<'a>(
+    fields: &'a Map<String, Value>,
+    table: &[(&str, Field)],
+    path: &mut Vec<&'a str>,
+    text: &str,
+    unsupported: &mut Vec<String>,
+) -> anyhow::Result<()> {
+    for (name, value) in fields {
+        path.push(name);
+        let line = line_of(text, path);
+        match table.iter().find(|(known, _)| known == name) {
+            None => bail!("line {line}: unknown field {:?}", path.join(".")),
+            _ if value.is_null() => {}
+            Some((_, Field::Supported(kind))) if !kind.fits(value) => {
+                bail!("line {line}: {}: {} is wanted, not {value}", path.join("."), kind.name());
+            }
+            Some((_, Field::Supported(_))) => {}
+            Some((_, Field::Unsupported)) => {
+                unsupported.push(format!("line {line}: {} has no effect here yet", path.join(".")));
+            }
+            Some((_, Field::Object(table))) => match value {
+                Value::Object(fields) => check_fields(fields, table, path, text, unsupported)?,
+                _ => bail!("line {line}: {}: an object is wanted, not {value}", path.join(".")),
+            },
+        }
+        path.pop();
+    }
+    Ok(())
+}
+
+/// The line that a field stands on: the last of a run of lines that begin with the path's keys in
+/// their order. Counted from 1; 1 if it can't be found (flow style).
+fn line_of(text: &str, path: &[&str]) -> usize {
+    let mut wanted = path.iter();
+    let mut next = wanted.next();
+    let mut found = 1;
+    for (index, line) in text.lines().enumerate() {
+        let Some(key) = next else { break };
+        let line = line.trim_start().trim_start_matches(['"', '\'', '{', ' ']);
+        let rest = line.strip_prefix(key).map(|rest| rest.trim_start_matches(['"', '\'']));
+        if rest.is_some_and(|rest| rest.trim_start().starts_with(':')) {
+            found = index + 1;
+            next = wanted.next();
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &[(&str, Field)] = &[
+        ("port", Field::Supported(Type::Integer)),
+        ("wait", Field::Supported(Type::Duration)),
+        ("later", Field::Unsupported),
+        ("inner", Field::Object(&[("name", Field::Supported(Type::Text))])),
+    ];
+
+    fn checked(body: &str) -> anyhow::Result<Checked> {
+        check(format!("kind: K\napiVersion: g/v1\n{body}").as_bytes(), "K", "g/v1", TABLE)
+    }
+
+    #[test]
+    fn supported_fields_pass_and_unsupported_ones_are_named() {
+        let config = checked("port: 1\nwait: 1m\nlater: true\ninner: {name: x}\n").unwrap();
+        assert_eq!(config.unsupported, ["line 5: later has no effect here yet"]);
+        assert_eq!(config.fields["port"], 1);
+    }
+
+    #[test]
+    fn wrong_fields_are_named_with_their_line() {
+        for (body, message) in [
+            ("port: x\n", "line 3: port: a whole number is wanted, not \"x\""),
+            (
+                "port: 1\nwait: 10\n",
+                "line 4: wait: a duration such as 10s or 1m30s is wanted, not 10",
+            ),
+            ("prot: 1\n", "line 3: unknown field \"prot\""),
+            ("inner:\n  nam: x\n", "line 4: unknown field \"inner.nam\""),
+            ("inner: 3\n", "line 3: inner: an object is wanted, not 3"),
+        ] {
+            assert_eq!(checked(body).unwrap_err().to_string(), message);
+        }
+        let error = check(b"kind: Other\n", "K", "g/v1", TABLE).unwrap_err().to_string();
+        assert_eq!(error, "line 1: kind K is wanted, not \"Other\"");
+    }
+}
