@@ -47,8 +47,11 @@ pub struct Attributes {
     pub subresource: String,
     /// Namespace, or empty.
     pub namespace: String,
-    /// Object name, or empty.
+    /// Object name, or empty. A list or watch with the field selector `metadata.name=x` names `x`.
     pub name: String,
+    /// The `field=value` parts of a list's, watch's or deletecollection's field selector: by them
+    /// the node authorizer knows a kubelet that asks for its own pods (`spec.nodeName`).
+    pub field_selector: Vec<(String, String)>,
     /// URL path.
     pub path: String,
 }
