@@ -4,3 +4,6 @@ pub mod admission;
 pub mod auth;
 pub mod lookup;
 pub mod pki;
+pub mod registry;
+pub mod status;
+pub mod table;

@@ -1,0 +1,4 @@
+use crate::registry::Strategy;
+
+/// The kind's rules.
+pub(crate) static SERVICE_ACCOUNT: Strategy = Strategy::PLAIN;
