@@ -54,7 +54,7 @@ lint: ## Formatting, clippy, licences
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
-	$(CARGO) deny --offline check licenses bans sources
+	$(CARGO) deny check licenses bans sources
 
 .PHONY: bench
 bench: build ## Measure it, beside runc where that makes sense
