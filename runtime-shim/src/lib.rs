@@ -18,6 +18,7 @@
 //!
 //! The crate knows nothing of the agent, and of Kubernetes only what `keelson-api` says.
 
+pub mod images;
 pub mod runtime;
 
 pub use runtime::PodRuntime;
