@@ -6,4 +6,5 @@ pub mod lookup;
 pub mod pki;
 pub mod registry;
 pub mod status;
+pub mod store;
 pub mod table;

@@ -1,0 +1,165 @@
+//! The one thread that writes.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use redb::{Database, Durability};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use super::{
+    super::{Change, Expect, Revision, StoreError},
+    backend,
+    layout::Tables,
+};
+
+/// Writes that share a commit at most.
+const BATCH: usize = 256;
+/// So many revisions are forgotten with one commit: more than it adds, so that compaction catches
+/// up, and few enough that no write waits for it.
+const COMPACT_STEP: u64 = 512;
+
+type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
+
+pub(super) enum Order {
+    Write(Write),
+    Compact { revision: Revision, answer: Answer<()> },
+}
+
+pub(super) struct Write {
+    pub(super) key: Arc<str>,
+    /// `None` deletes.
+    pub(super) value: Option<Bytes>,
+    pub(super) expect: Expect,
+    pub(super) answer: Answer<Revision>,
+}
+
+pub(super) struct Writer {
+    pub(super) db: Arc<Database>,
+    pub(super) path: Arc<str>,
+    pub(super) history: u64,
+    pub(super) queue: mpsc::Receiver<Order>,
+    pub(super) changes: broadcast::Sender<Arc<[Change]>>,
+    pub(super) publish: watch::Sender<Revision>,
+}
+
+/// What one commit did.
+#[derive(Default)]
+struct Committed {
+    changes: Vec<Change>,
+    /// For each write, in order.
+    results: Vec<Result<Revision, StoreError>>,
+}
+
+impl Writer {
+    /// Until all senders are gone.
+    pub(super) fn run(mut self) {
+        let mut orders = Vec::with_capacity(BATCH);
+        while let Some(first) = self.queue.blocking_recv() {
+            orders.push(first);
+            while orders.len() < BATCH
+                && let Ok(order) = self.queue.try_recv()
+            {
+                orders.push(order);
+            }
+            let mut writes = Vec::with_capacity(orders.len());
+            for order in orders.drain(..) {
+                match order {
+                    Order::Write(write) => writes.push(write),
+                    Order::Compact { revision, answer } => {
+                        // Whoever asked may have gone; the same below.
+                        let _ = answer.send(self.compact(revision));
+                    }
+                }
+            }
+            if !writes.is_empty() {
+                self.write(writes);
+            }
+        }
+    }
+
+    fn write(&self, writes: Vec<Write>) {
+        match self.commit(&writes) {
+            Ok(committed) => {
+                if let Some(last) = committed.changes.last() {
+                    self.publish.send_replace(last.revision);
+                    // No receiver: nobody watches.
+                    let _ = self.changes.send(committed.changes.into());
+                }
+                for (write, result) in writes.into_iter().zip(committed.results) {
+                    let _ = write.answer.send(result);
+                }
+            }
+            Err(error) => {
+                tracing::error!(path = %self.path, %error, "a commit failed");
+                for write in writes {
+                    let _ = write.answer.send(Err(backend(&self.path, &error)));
+                }
+            }
+        }
+    }
+
+    fn commit(&self, writes: &[Write]) -> Result<Committed, redb::Error> {
+        let mut transaction = self.db.begin_write()?;
+        transaction.set_durability(Durability::Immediate)?;
+        transaction.set_quick_repair(QUICK_REPAIR);
+        let mut committed = Committed::default();
+        {
+            let mut tables = Tables::open(&transaction)?;
+            for write in writes {
+                let result =
+                    match tables.write(&write.key, write.value.as_ref(), write.expect)? {
+                        Ok(change) => {
+                            let revision = change.revision;
+                            committed.changes.push(change);
+                            Ok(revision)
+                        }
+                        Err(current) => Err(StoreError::Conflict {
+                            key: write.key.to_string(),
+                            current,
+                        }),
+                    };
+                committed.results.push(result);
+            }
+            let target = Revision(tables.revision().0.saturating_sub(self.history));
+            if target > tables.compacted() {
+                tables.compact(target, COMPACT_STEP)?;
+            }
+            tables.finish()?;
+        }
+        if committed.changes.is_empty() {
+            transaction.abort()?; // only refusals: nothing to wait for a disk for
+        } else {
+            transaction.commit()?;
+        }
+        Ok(committed)
+    }
+
+    fn compact(&self, target: Revision) -> Result<(), StoreError> {
+        let current = *self.publish.borrow();
+        if target > current {
+            return Err(StoreError::Future { requested: target, current });
+        }
+        let step = || -> Result<bool, redb::Error> {
+            let mut transaction = self.db.begin_write()?;
+            transaction.set_quick_repair(QUICK_REPAIR);
+            let done = {
+                let mut tables = Tables::open(&transaction)?;
+                tables.compact(target, COMPACT_STEP)?;
+                let done = tables.compacted() >= target;
+                tables.finish()?;
+                done
+            };
+            transaction.commit()?;
+            Ok(done)
+        };
+        loop {
+            if step().map_err(|error| backend(&self.path, &error))? {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Whether each commit also records which pages are in use, so that a start after a kill need not
+/// walk the file.
+const QUICK_REPAIR: bool = false;
