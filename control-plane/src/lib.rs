@@ -1,6 +1,7 @@
 //! A thin control plane that speaks the Kubernetes API.
 
 pub mod admission;
+pub mod cache;
 pub mod auth;
 pub mod lookup;
 pub mod pki;
