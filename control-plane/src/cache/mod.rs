@@ -237,4 +237,8 @@ impl Lookup for Cache {
         let Some(cache) = self.resource(group, plural) else { return Vec::new() };
         cache.snapshot(namespace).items.into_iter().map(|(_, object)| object).collect()
     }
+
+    fn version(&self, group: &str, plural: &str) -> Option<u64> {
+        self.resource(group, plural).map(|cache| cache.latest().0)
+    }
 }

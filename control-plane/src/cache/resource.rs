@@ -289,6 +289,11 @@ impl ResourceCache {
         })
     }
 
+    /// The revision of the newest event.
+    pub fn latest(&self) -> Revision {
+        self.read(|state| state.latest)
+    }
+
     /// Whether no object has changed since `revision`, so that what is here is as of then too.
     pub fn unchanged_since(&self, revision: Revision) -> bool {
         self.read(|state| state.latest <= revision)
