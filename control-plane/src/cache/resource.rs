@@ -211,8 +211,7 @@ impl ResourceCache {
         revision: Revision,
         change: impl FnOnce(
             &mut State,
-        )
-            -> Option<(Arc<str>, Arc<Value>, Option<Arc<Value>>, bool, usize)>,
+        ) -> Option<(Arc<str>, Arc<Value>, Option<Arc<Value>>, bool, usize)>,
     ) {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         if let Some((key, object, previous, deleted, bytes)) = change(&mut state) {

@@ -25,9 +25,8 @@ impl Drop for World {
 
 async fn world() -> World {
     let dir = TempDir::new().unwrap();
-    let store = Arc::new(
-        EmbeddedStore::open(&dir.path().join("s"), &EmbeddedOptions::default()).unwrap(),
-    );
+    let store =
+        Arc::new(EmbeddedStore::open(&dir.path().join("s"), &EmbeddedOptions::default()).unwrap());
     let cache = Arc::new(Cache::load(&Registry::builtin(), &*store).await.unwrap());
     let shutdown = CancellationToken::new();
     tokio::spawn(Arc::clone(&cache).run(store.clone(), shutdown.clone()));
@@ -89,10 +88,7 @@ async fn a_watcher_sees_each_event_once_by_what_it_asked_for() {
             let selected = event.select(|object| app(object) == "x").unwrap();
             // What went out of sight is shown as it was.
             assert_eq!(app(&selected.object), "x");
-            assert_eq!(
-                selected.object["metadata"]["resourceVersion"],
-                event.revision.to_string()
-            );
+            assert_eq!(selected.object["metadata"]["resourceVersion"], event.revision.to_string());
             kinds.push(selected.kind);
         }
     }

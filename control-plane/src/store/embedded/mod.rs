@@ -179,10 +179,7 @@ impl Store for EmbeddedStore {
 
     async fn put(&self, key: &str, value: Bytes, expect: Expect) -> Result<Revision, StoreError> {
         let key: Arc<str> = key.into();
-        self.order(|answer| {
-            Order::Write(Write { key, value: Some(value), expect, answer })
-        })
-        .await
+        self.order(|answer| Order::Write(Write { key, value: Some(value), expect, answer })).await
     }
 
     async fn delete(&self, key: &str, expect: Revision) -> Result<Revision, StoreError> {

@@ -42,7 +42,9 @@ async fn a_write_happens_only_if_the_key_is_as_expected() {
     let created = store.put("a", text("1"), Expect::Absent).await.unwrap();
     assert_eq!(created, Revision(2));
     let again = store.put("a", text("2"), Expect::Absent).await.unwrap_err();
-    assert!(matches!(again, StoreError::Conflict { current: Some(ref c), .. } if c.modified == created));
+    assert!(
+        matches!(again, StoreError::Conflict { current: Some(ref c), .. } if c.modified == created)
+    );
     let updated = store.put("a", text("2"), Expect::Modified(created)).await.unwrap();
     assert!(store.put("a", text("3"), Expect::Modified(created)).await.is_err());
     assert!(store.delete("a", created).await.is_err());
@@ -160,8 +162,7 @@ async fn what_is_compacted_is_expired_and_what_is_current_stays() {
     let gone = store.put("gone", text("0"), Expect::Absent).await.unwrap();
     store.delete("gone", gone).await.unwrap();
     for n in 1..=20 {
-        revision =
-            store.put("a", text(&n.to_string()), Expect::Modified(revision)).await.unwrap();
+        revision = store.put("a", text(&n.to_string()), Expect::Modified(revision)).await.unwrap();
     }
     store.compact(Revision(10)).await.unwrap();
     assert_eq!(store.compacted().await.unwrap(), Revision(10));
@@ -188,8 +189,7 @@ async fn history_stays_within_its_bound() {
     let store = open(&dir, 10);
     let mut revision = store.put("a", text("0"), Expect::Absent).await.unwrap();
     for n in 0..100 {
-        revision =
-            store.put("a", text(&n.to_string()), Expect::Modified(revision)).await.unwrap();
+        revision = store.put("a", text(&n.to_string()), Expect::Modified(revision)).await.unwrap();
     }
     assert_eq!(store.compacted().await.unwrap(), Revision(revision.0 - 10));
     drop(store);

@@ -106,18 +106,16 @@ impl Writer {
         {
             let mut tables = Tables::open(&transaction)?;
             for write in writes {
-                let result =
-                    match tables.write(&write.key, write.value.as_ref(), write.expect)? {
-                        Ok(change) => {
-                            let revision = change.revision;
-                            committed.changes.push(change);
-                            Ok(revision)
-                        }
-                        Err(current) => Err(StoreError::Conflict {
-                            key: write.key.to_string(),
-                            current,
-                        }),
-                    };
+                let result = match tables.write(&write.key, write.value.as_ref(), write.expect)? {
+                    Ok(change) => {
+                        let revision = change.revision;
+                        committed.changes.push(change);
+                        Ok(revision)
+                    }
+                    Err(current) => {
+                        Err(StoreError::Conflict { key: write.key.to_string(), current })
+                    }
+                };
                 committed.results.push(result);
             }
             let target = Revision(tables.revision().0.saturating_sub(self.history));
