@@ -1,0 +1,94 @@
+//! The controllers: loops that bring the cluster to what its objects say.
+//!
+//! ```text
+//! informers ──change──► work queue ──key──► observe ──► plan ──► apply
+//! (one watch a type)   (each key once,      (memory)   (pure)   (small writes, on condition
+//!                       back-off, bounded)                       that nothing changed meanwhile)
+//! ```
+//!
+//! Each controller is a folder or file with its own queue, its own identity
+//! (`system:serviceaccount:kube-system:<name>`) and no state that it can't rebuild by looking.
+//!
+//! * [`replicaset`], [`deployment`]: pods, as many as asked for, and their updates.
+//! * [`endpointslice`]: which pods stand behind a Service.
+//!
+//! Shared: [`queue`], [`change`] (small conditional writes), [`claim`] (adoption), [`expectations`]
+//! (what was written but not yet seen), [`pods`] and [`names`].
+
+mod change;
+mod claim;
+mod deployment;
+mod endpointslice;
+mod error;
+mod expectations;
+mod names;
+mod pods;
+mod queue;
+mod replicaset;
+
+use std::{future::Future, sync::Arc};
+
+use futures::future::BoxFuture;
+use keelson_api::events::EventRecorder;
+use kube::Client;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::informers::Informers;
+
+/// Starts all controllers and waits for their end after `shutdown`.
+///
+/// `client_for` gives the client of a controller, by its documented name (`deployment-controller`);
+/// each acts as the service account of that name in `kube-system`.
+pub async fn run(
+    client_for: impl Fn(&str) -> Client,
+    informers: Arc<Informers>,
+    shutdown: CancellationToken,
+) {
+    let tasks = TaskTracker::new();
+    let start = Start { client_for: &client_for, shutdown: &shutdown, tasks: &tasks };
+    let with = informers.clone();
+    start.with_events("replicaset-controller", |client, events, shutdown| {
+        Box::pin(replicaset::run(client, with, events, shutdown))
+    });
+    let with = informers.clone();
+    start.with_events("deployment-controller", |client, events, shutdown| {
+        Box::pin(deployment::run(client, with, events, shutdown))
+    });
+    let endpoints = client_for("endpoint-controller");
+    start.with_events("endpointslice-controller", |slices, events, shutdown| {
+        let clients = endpointslice::Clients { slices, endpoints };
+        Box::pin(endpointslice::run(clients, informers.clone(), events, shutdown))
+    });
+    tasks.close();
+    tasks.wait().await;
+}
+
+struct Start<'a, F> {
+    client_for: &'a F,
+    shutdown: &'a CancellationToken,
+    tasks: &'a TaskTracker,
+}
+
+impl<F: Fn(&str) -> Client> Start<'_, F> {
+    /// Starts a controller that records events under its name.
+    fn with_events(
+        &self,
+        name: &'static str,
+        run: impl FnOnce(Client, EventRecorder, CancellationToken) -> BoxFuture<'static, ()>,
+    ) {
+        let client = (self.client_for)(name);
+        let (events, writer) =
+            EventRecorder::spawn(client.clone(), name, None, self.shutdown.clone());
+        let controller = run(client, events, self.shutdown.clone());
+        self.spawn(async move {
+            controller.await;
+            if let Err(error) = writer.await {
+                tracing::debug!(name, %error, "event recorder");
+            }
+        });
+    }
+
+    fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(future);
+    }
+}
