@@ -1,14 +1,16 @@
 //! A thin control plane that speaks the Kubernetes API.
 
 pub mod admission;
-pub mod cache;
 pub mod auth;
+pub mod cache;
 pub mod controllers;
 pub mod informers;
 pub mod lookup;
+pub mod patch;
 pub mod pki;
 pub mod registry;
 pub mod scheduler;
+mod schema;
 pub mod status;
 pub mod store;
 pub mod table;

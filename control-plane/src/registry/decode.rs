@@ -1,9 +1,14 @@
 //! From a body to an object of a kind.
 
+use std::fmt;
+
 use serde_json::Value;
 
 use super::{Resource, value};
-use crate::status::Status;
+use crate::{
+    schema::{check, parse_with_duplicates, schema},
+    status::{FieldError, Status},
+};
 
 /// What becomes of fields that do not exist, or come twice (`fieldValidation` of a request).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,7 +35,7 @@ impl FieldValidation {
             Some(other) => {
                 let supported = &["Ignore", "Warn", "Strict", ""];
                 let error =
-                    crate::status::FieldError::not_supported("fieldValidation", other, supported);
+                    FieldError::not_supported("fieldValidation", other, supported);
                 Err(Status::invalid("meta.k8s.io", "CreateOptions", "", &[error]))
             }
         }
@@ -49,10 +54,15 @@ pub struct Decoded {
 pub(super) fn decode(
     resource: &Resource,
     mut body: Value,
-    problems: Vec<String>,
+    mut problems: Vec<String>,
     validation: FieldValidation,
 ) -> Result<Decoded, Status> {
     check_kind(resource, &mut body)?;
+    if let Some(id) = schema().kind(&resource.group, &resource.version, &resource.kind) {
+        let mut unknown = Vec::new();
+        check(id, &mut body, &mut unknown).map_err(|error| cannot_be_handled(resource, &error))?;
+        problems.extend(unknown.iter().map(|path| format!("unknown field {path:?}")));
+    }
     finish(resource, body, problems, validation)
 }
 
@@ -61,9 +71,18 @@ pub(super) fn decode_bytes(
     body: &[u8],
     validation: FieldValidation,
 ) -> Result<Decoded, Status> {
-    let body = serde_json::from_slice(body)
-        .map_err(|e| Status::bad_request(format!("couldn't get version/kind; json parse error: {e}")))?;
-    decode(resource, body, Vec::new(), validation)
+    let (body, duplicates) = parse_with_duplicates(body).map_err(|e| {
+        Status::bad_request(format!("couldn't get version/kind; json parse error: {e}"))
+    })?;
+    let problems = duplicates.iter().map(|path| format!("duplicate field {path:?}")).collect();
+    decode(resource, body, problems, validation)
+}
+
+fn cannot_be_handled(resource: &Resource, why: impl fmt::Display) -> Status {
+    let (kind, version) = (&resource.kind, &resource.version);
+    Status::bad_request(format!(
+        "{kind} in version {version:?} cannot be handled as a {kind}: {why}"
+    ))
 }
 
 fn finish(
@@ -73,13 +92,10 @@ fn finish(
     validation: FieldValidation,
 ) -> Result<Decoded, Status> {
     match validation {
-        FieldValidation::Strict if !problems.is_empty() => Err(Status::bad_request(format!(
-            "{} in version {:?} cannot be handled as a {}: strict decoding error: {}",
-            resource.kind,
-            resource.version,
-            resource.kind,
-            problems.join(", "),
-        ))),
+        FieldValidation::Strict if !problems.is_empty() => {
+            let why = format!("strict decoding error: {}", problems.join(", "));
+            Err(cannot_be_handled(resource, why))
+        }
         FieldValidation::Ignore => Ok(Decoded { object: body, warnings: Vec::new() }),
         _ => Ok(Decoded { object: body, warnings: problems }),
     }
@@ -111,4 +127,45 @@ fn check_kind(resource: &Resource, body: &mut Value) -> Result<(), Status> {
     object.insert("apiVersion".to_owned(), expected.as_ref().into());
     object.insert("kind".to_owned(), resource.kind.as_str().into());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::Registry;
+
+    fn decode(body: &str, validation: FieldValidation) -> Result<Decoded, String> {
+        let registry = Registry::builtin();
+        let pods = registry.resource("", "v1", "pods").unwrap();
+        pods.decode_bytes(body.as_bytes(), validation).map_err(|e| e.message)
+    }
+
+    #[test]
+    fn unknown_and_duplicate_fields_warn_or_fail() {
+        let body = r#"{"kind":"Pod","spec":{"foo":1,"hostname":"a","hostname":"b"}}"#;
+        let decoded = decode(body, FieldValidation::Warn).unwrap();
+        let expected = ["duplicate field \"spec.hostname\"", "unknown field \"spec.foo\""];
+        assert_eq!(decoded.warnings, expected);
+        assert_eq!(decoded.object["apiVersion"], "v1");
+        assert!(decode(body, FieldValidation::Ignore).unwrap().warnings.is_empty());
+        assert_eq!(
+            decode(body, FieldValidation::Strict).unwrap_err(),
+            "Pod in version \"v1\" cannot be handled as a Pod: strict decoding error: duplicate \
+             field \"spec.hostname\", unknown field \"spec.foo\""
+        );
+    }
+
+    #[test]
+    fn bodies_of_another_kind_are_refused() {
+        let rows = [
+            (r#"{"kind":"Service"}"#, "the expected kind (Pod)"),
+            (r#"{"apiVersion":"v2"}"#, "does not match the expected API version (v1)"),
+            (r"[]", "must be a JSON object"),
+            (r"{", "json parse error"),
+        ];
+        for (body, part) in rows {
+            let message = decode(body, FieldValidation::Warn).unwrap_err();
+            assert!(message.contains(part), "{message}");
+        }
+    }
 }

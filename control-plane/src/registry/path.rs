@@ -28,6 +28,28 @@ impl<'a> Path<'a> {
     pub(crate) fn key(&'a self, key: &'a str) -> Path<'a> {
         Path::Key(self, key)
     }
+
+    /// As in messages of Go's strict JSON decoder, where map keys look like fields.
+    pub(crate) fn as_go(&self) -> String {
+        match self {
+            Path::Root => String::new(),
+            Path::Field(parent, name) | Path::Key(parent, name) => match parent.as_go() {
+                parent if parent.is_empty() => (*name).to_owned(),
+                parent => format!("{parent}.{name}"),
+            },
+            Path::Index(parent, index) => format!("{}[{index}]", parent.as_go()),
+        }
+    }
+
+    /// As in messages of Go's JSON decoder, which names fields only.
+    pub(crate) fn as_go_fields(&self) -> String {
+        match self {
+            Path::Root => String::new(),
+            Path::Field(Path::Root, name) => (*name).to_owned(),
+            Path::Field(parent, name) => format!("{}.{name}", parent.as_go_fields()),
+            Path::Index(parent, _) | Path::Key(parent, _) => parent.as_go_fields(),
+        }
+    }
 }
 
 impl fmt::Display for Path<'_> {

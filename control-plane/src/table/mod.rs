@@ -1,6 +1,8 @@
 //! Lists as tables: the `meta.k8s.io/v1` Table that `kubectl get` prints.
 
-use serde_json::Value;
+mod selector;
+
+pub(crate) use self::selector::selector_text;
 
 /// The columns of a kind.
 #[derive(Debug)]
@@ -8,8 +10,3 @@ pub(crate) struct Columns {}
 
 /// Name and age.
 pub(crate) static GENERIC: Columns = Columns {};
-
-/// A label selector of the API as text (`a=b,c in (d,e)`).
-pub(crate) fn selector_text(_selector: &Value) -> String {
-    String::new()
-}
