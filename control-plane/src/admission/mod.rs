@@ -51,6 +51,43 @@ pub struct Refusal {
     pub message: String,
 }
 
+impl Refusal {
+    /// 403, as Kubernetes words it: `deployments.apps "x" is forbidden: why`.
+    #[must_use]
+    pub fn forbidden(group: &str, plural: &str, name: &str, why: &str) -> Self {
+        let resource = match group {
+            "" => plural.to_owned(),
+            group => format!("{plural}.{group}"),
+        };
+        let object = match name {
+            "" => String::new(),
+            name => format!(" {name:?}"),
+        };
+        Self {
+            code: 403,
+            reason: "Forbidden",
+            message: format!("{resource}{object} is forbidden: {why}"),
+        }
+    }
+
+    /// 404: `serviceaccounts "x" not found`.
+    #[must_use]
+    pub fn not_found(plural: &str, name: &str) -> Self {
+        Self { code: 404, reason: "NotFound", message: format!("{plural} {name:?} not found") }
+    }
+
+    /// 400.
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self { code: 400, reason: "BadRequest", message: message.into() }
+    }
+
+    /// 422: `Kind.group "name" is invalid: why`.
+    #[must_use]
+    pub fn invalid(kind: &str, name: &str, why: &str) -> Self {
+        Self { code: 422, reason: "Invalid", message: format!("{kind} {name:?} is invalid: {why}") }
+    }
+}
+
 /// Fills in and checks objects.
 pub trait Admission: Send + Sync + 'static {
     /// May change `object` (absent on delete and connect).

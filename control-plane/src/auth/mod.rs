@@ -1,11 +1,57 @@
 //! Who asks, and whether they may.
+//!
+//! ```text
+//!            certificate or token          Impersonate-*            masters → node → RBAC
+//! request ──► [authenticators] ── user ──► [impersonation] ── user ──► [authorizers] ──► admission
+//!                    │ none                                                 │ no
+//!                    ▼                                                      ▼
+//!            [Anonymous] or 401                                        403, [messages]
+//! ```
+//!
+//! * [`x509`], [`tokens`]: the two kinds of credentials.
+//! * [`rbac`], [`node`]: the two authorizers. Both decide from memory, by indexes ([`derived`]) that
+//!   are made again only when the objects under them changed.
+//! * [`bootstrap`]: the documented default roles and bindings.
+//! * [`reviews`]: the same answers as API objects (`TokenReview`, `SubjectAccessReview`, …).
+//!
+//! Nothing here does I/O or waits. A refusal says what Kubernetes says, and no more than that to who
+//! is not authenticated.
+//!
+//! [authenticators]: authenticators()
+//! [authorizers]: authorizers()
 
+pub(crate) mod authenticators;
+pub(crate) mod authorizers;
+pub mod bootstrap;
+pub(crate) mod derived;
+pub(crate) mod fields;
+pub mod impersonation;
+pub mod messages;
+pub mod node;
+pub mod rbac;
+pub mod reviews;
+pub mod tokens;
 pub mod x509;
+
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;
+
+pub use authenticators::{Anonymous, Authenticators, authenticators};
+pub use authorizers::{Authorizers, authorizers};
 
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+
+/// The user of requests without credentials.
+pub const SYSTEM_ANONYMOUS: &str = "system:anonymous";
+/// The group of all users that are known.
+pub const SYSTEM_AUTHENTICATED: &str = "system:authenticated";
+/// The group of [`SYSTEM_ANONYMOUS`].
+pub const SYSTEM_UNAUTHENTICATED: &str = "system:unauthenticated";
 
 /// A user as authentication found them (`authentication.k8s.io/v1` UserInfo).
 ///

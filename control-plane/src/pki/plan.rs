@@ -30,7 +30,7 @@ pub enum Leaf {
     ControllerManager,
     /// `system:kube-scheduler`.
     Scheduler,
-    /// `system:kube-proxy`, in the group that the `system:node-proxier` role is bound to.
+    /// `system:kube-proxy`, to whom the `system:node-proxier` role is bound.
     KubeProxy,
 }
 
@@ -105,7 +105,7 @@ impl Wanted {
             Leaf::Admin => ("kubernetes-admin", Some("system:masters")),
             Leaf::ControllerManager => ("system:kube-controller-manager", None),
             Leaf::Scheduler => ("system:kube-scheduler", None),
-            Leaf::KubeProxy => ("system:kube-proxy", Some("system:node-proxier")),
+            Leaf::KubeProxy => ("system:kube-proxy", None),
         };
         let mut wanted = Self { file: leaf.file(), ..Self::client(name, organization) };
         match leaf {
