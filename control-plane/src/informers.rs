@@ -127,6 +127,11 @@ impl<K: Resource<DynamicType = ()>> Informer<K> {
         }
     }
 
+    /// Tells when the first list is complete.
+    pub(crate) fn seen(&self) -> watch::Receiver<bool> {
+        self.synced.subscribe()
+    }
+
     /// Takes in an object as it is now, and tells the handlers. Objects that are no news are
     /// ignored.
     pub(crate) fn apply(&self, mut object: K) {

@@ -1,5 +1,7 @@
 //! A thin control plane that speaks the Kubernetes API.
 
+mod schema;
+
 pub mod admission;
 pub mod auth;
 pub mod cache;
@@ -10,7 +12,6 @@ pub mod patch;
 pub mod pki;
 pub mod registry;
 pub mod scheduler;
-mod schema;
 pub mod status;
 pub mod store;
 pub mod table;

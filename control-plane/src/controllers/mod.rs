@@ -11,6 +11,8 @@
 //!
 //! * [`replicaset`], [`deployment`]: pods, as many as asked for, and their updates.
 //! * [`endpointslice`]: which pods stand behind a Service.
+//! * [`namespace`], [`gc`]: what goes when something else goes.
+//! * [`furnish`]: what every namespace has.
 //!
 //! Shared: [`queue`], [`change`] (small conditional writes), [`claim`] (adoption), [`expectations`]
 //! (what was written but not yet seen), [`pods`] and [`names`].
@@ -18,10 +20,14 @@
 mod change;
 mod claim;
 mod deployment;
+mod discover;
 mod endpointslice;
 mod error;
 mod expectations;
+mod furnish;
+mod gc;
 mod names;
+mod namespace;
 mod pods;
 mod queue;
 mod replicaset;
@@ -35,6 +41,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::informers::Informers;
 
+/// What the controllers must be told.
+#[derive(Clone, Debug)]
+pub struct ControllersConfig {
+    /// The certificate authority that the API server's certificate is of, in PEM: what pods get
+    /// to verify it by.
+    pub root_ca_pem: String,
+}
+
 /// Starts all controllers and waits for their end after `shutdown`.
 ///
 /// `client_for` gives the client of a controller, by its documented name (`deployment-controller`);
@@ -42,6 +56,7 @@ use crate::informers::Informers;
 pub async fn run(
     client_for: impl Fn(&str) -> Client,
     informers: Arc<Informers>,
+    config: ControllersConfig,
     shutdown: CancellationToken,
 ) {
     let tasks = TaskTracker::new();
@@ -55,10 +70,20 @@ pub async fn run(
         Box::pin(deployment::run(client, with, events, shutdown))
     });
     let endpoints = client_for("endpoint-controller");
+    let with = informers.clone();
     start.with_events("endpointslice-controller", |slices, events, shutdown| {
         let clients = endpointslice::Clients { slices, endpoints };
-        Box::pin(endpointslice::run(clients, informers.clone(), events, shutdown))
+        Box::pin(endpointslice::run(clients, with, events, shutdown))
     });
+    let client = client_for("namespace-controller");
+    start.spawn(namespace::run(client, informers.clone(), shutdown.clone()));
+    let client = client_for("generic-garbage-collector");
+    start.spawn(gc::run(client, informers.clone(), shutdown.clone()));
+    let client = client_for("service-account-controller");
+    start.spawn(furnish::run_accounts(client, informers.clone(), shutdown.clone()));
+    let client = client_for("root-ca-cert-publisher");
+    let pem = config.root_ca_pem.into();
+    start.spawn(furnish::run_root_ca(client, informers, pem, shutdown.clone()));
     tasks.close();
     tasks.wait().await;
 }
