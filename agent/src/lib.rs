@@ -2,4 +2,6 @@
 
 pub mod environment;
 pub mod pods;
+pub mod server;
+pub mod stats;
 pub mod volumes;

@@ -140,7 +140,7 @@ const FIELDS: &[(&str, Field)] = &[
     ("staticPodPath", TEXT),
     ("staticPodURL", LATER),
     ("staticPodURLHeader", LATER),
-    ("streamingConnectionIdleTimeout", DURATION),
+    ("streamingConnectionIdleTimeout", LATER),
     ("syncFrequency", LATER),
     ("systemCgroups", LATER),
     ("systemReserved", TEXT_MAP),
@@ -240,9 +240,6 @@ pub(crate) struct KubeletSettings {
     pub(crate) serialize_image_pulls: Option<bool>,
     /// The folder of static pods.
     pub(crate) static_pod_path: Option<PathBuf>,
-    /// How long a stream may be silent.
-    #[serde(deserialize_with = "go_duration")]
-    pub(crate) streaming_connection_idle_timeout: Option<Duration>,
     /// Kept for the system.
     pub(crate) system_reserved: BTreeMap<String, String>,
     /// The HTTPS API's certificate.
