@@ -15,7 +15,6 @@ use std::{
 
 use async_trait::async_trait;
 use futures::{StreamExt, future::Either};
-use jiff::Timestamp;
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
@@ -348,9 +347,7 @@ impl ObjectSource for KubeObjects {
         };
         let status = answer.status.unwrap_or_default();
         match (status.token, status.expiration_timestamp) {
-            (Some(token), Some(expires)) => {
-                Ok(Token { token, expires: Timestamp::from(expires.0) })
-            }
+            (Some(token), Some(expires)) => Ok(Token { token, expires: expires.0 }),
             _ => Err(ObjectError::Refused(format!("{what}: the API server answered without one"))),
         }
     }
@@ -371,3 +368,7 @@ fn explain(object: Option<&DataName>, error: &kube::Error) -> ObjectError {
         (error, None) => ObjectError::Unreachable(error.to_string()),
     }
 }
+
+#[cfg(test)]
+#[path = "kube_objects_tests.rs"]
+mod tests;

@@ -82,7 +82,7 @@ fn variable_name(name: &str) -> String {
 mod tests {
     use super::*;
 
-    fn service(namespace: &str, name: &str, spec: serde_json::Value) -> Service {
+    fn service(namespace: &str, name: &str, spec: &serde_json::Value) -> Service {
         serde_json::from_value(serde_json::json!({
             "metadata": {"namespace": namespace, "name": name}, "spec": spec,
         }))
@@ -95,37 +95,37 @@ mod tests {
             service(
                 "default",
                 "kubernetes",
-                serde_json::json!({"clusterIP": "10.96.0.1", "ports": [
+                &serde_json::json!({"clusterIP": "10.96.0.1", "ports": [
                     {"name": "https", "port": 443}]}),
             ),
             service(
                 "team",
                 "redis-primary",
-                serde_json::json!({"clusterIP": "10.0.0.11", "ports": [
+                &serde_json::json!({"clusterIP": "10.0.0.11", "ports": [
                     {"port": 6379}, {"name": "side-car", "port": 53, "protocol": "UDP"}]}),
             ),
             service(
                 "team",
                 "headless",
-                serde_json::json!({"clusterIP": "None", "ports": [
+                &serde_json::json!({"clusterIP": "None", "ports": [
                 {"port": 1}]}),
             ),
             service(
                 "team",
                 "v6",
-                serde_json::json!({"clusterIP": "fd00::1", "ports": [
+                &serde_json::json!({"clusterIP": "fd00::1", "ports": [
                 {"port": 80}]}),
             ),
             service(
                 "other",
                 "unseen",
-                serde_json::json!({"clusterIP": "10.0.0.12", "ports": [
+                &serde_json::json!({"clusterIP": "10.0.0.12", "ports": [
                 {"port": 1}]}),
             ),
             service(
                 "default",
                 "unseen",
-                serde_json::json!({"clusterIP": "10.0.0.13", "ports": [
+                &serde_json::json!({"clusterIP": "10.0.0.13", "ports": [
                 {"port": 1}]}),
             ),
         ];
@@ -158,13 +158,13 @@ mod tests {
         let own = service(
             "team",
             "kubernetes",
-            serde_json::json!({"clusterIP": "10.0.0.9",
+            &serde_json::json!({"clusterIP": "10.0.0.9",
             "ports": [{"port": 1}]}),
         );
         let api = service(
             "default",
             "kubernetes",
-            serde_json::json!({"clusterIP": "10.96.0.1",
+            &serde_json::json!({"clusterIP": "10.96.0.1",
             "ports": [{"port": 443}]}),
         );
         for services in [[&own, &api], [&api, &own]] {

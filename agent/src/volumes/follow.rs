@@ -98,10 +98,8 @@ impl Follower {
             volumes.iter().flat_map(|(_, _, plan)| plan.objects()).collect();
         state.objects.retain(|name, _| wanted.contains(name));
         for name in wanted {
-            if !state.objects.contains_key(&name) {
-                let receiver = self.objects.watch(&name);
-                state.objects.insert(name, receiver);
-            }
+            let watch = |name: &DataName| self.objects.watch(name);
+            state.objects.entry(name).or_insert_with_key(watch);
         }
         let deadline = tokio::time::Instant::now() + OBJECT_WAIT;
         for receiver in state.objects.values_mut() {

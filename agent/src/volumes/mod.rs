@@ -52,8 +52,8 @@ pub struct VolumeError {
 }
 
 impl VolumeError {
-    fn new(volume: &str, reason: impl ToString) -> Self {
-        Self { volume: volume.to_owned(), reason: reason.to_string() }
+    fn new(volume: &str, reason: impl Into<String>) -> Self {
+        Self { volume: volume.to_owned(), reason: reason.into() }
     }
 }
 

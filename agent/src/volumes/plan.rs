@@ -170,7 +170,7 @@ fn files_plan(pod: &Pod, volume: &Volume) -> Result<FilesPlan, String> {
         let sources = vec![Source::Downward(source.items.clone().unwrap_or_default())];
         plan("kubernetes.io~downward-api", true, source.default_mode, sources)
     } else if let Some(source) = &volume.projected {
-        let sources = source.sources.iter().flatten().map(|s| projected(pod, s, &data));
+        let sources = source.sources.iter().flatten().map(|s| projected(pod, s, data));
         let sources = sources.collect::<Result<Vec<_>, _>>()?;
         plan("kubernetes.io~projected", true, source.default_mode, sources)
     } else {

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use super::*;
 
-fn pod(spec: serde_json::Value) -> Pod {
+fn pod(spec: &serde_json::Value) -> Pod {
     serde_json::from_value(serde_json::json!({
         "metadata": {"name": "web", "namespace": "ns", "uid": "u", "labels": {"a": "1"}},
         "spec": spec,
@@ -17,7 +17,7 @@ fn volume(source: serde_json::Value) -> Volume {
 }
 
 fn planned(source: serde_json::Value) -> Result<VolumePlan, String> {
-    plan(&pod(serde_json::json!({"containers": []})), &volume(source), &Allocatable::new())
+    plan(&pod(&serde_json::json!({"containers": []})), &volume(source), &Allocatable::new())
 }
 
 fn files(source: serde_json::Value, pod: &Pod) -> Result<Files, String> {
@@ -97,7 +97,7 @@ fn memory_is_bounded_by_the_least_of_all_limits() {
         (vec![limited.clone(), unlimited], None, node.clone(), Some(64 << 20)),
         (vec![limited], Some("1Mi"), node, Some(1 << 20)),
     ] {
-        let pod = pod(serde_json::json!({"containers": containers}));
+        let pod = pod(&serde_json::json!({"containers": containers}));
         let asked = asked.map(|text| Quantity::parse(text).unwrap());
         assert_eq!(memory_limit(&pod, asked, &allocatable), limit);
     }
@@ -105,7 +105,7 @@ fn memory_is_bounded_by_the_least_of_all_limits() {
 
 #[test]
 fn files_are_those_of_the_objects() {
-    let pod = pod(serde_json::json!({"containers": [{"name": "c"}]}));
+    let pod = pod(&serde_json::json!({"containers": [{"name": "c"}]}));
     let found = files(serde_json::json!({"configMap": {"name": "conf"}}), &pod).unwrap();
     let all = [("a", vec![b'1']), ("b", vec![b'2']), ("bin", vec![0xff])];
     assert_eq!(listed(&found), all.map(|(p, b)| (p.to_owned(), b, 0o644)));
@@ -129,7 +129,7 @@ fn files_are_those_of_the_objects() {
     assert_eq!(found[Path::new("token")].mode, 0o644);
 
     // A token is its user's alone where there is one user.
-    let pod = self::pod(serde_json::json!({"containers": [{"name": "c",
+    let pod = self::pod(&serde_json::json!({"containers": [{"name": "c",
         "securityContext": {"runAsUser": 1000}}]}));
     let token = &files(projected, &pod).unwrap()[Path::new("token")];
     assert_eq!((token.mode, token.owner), (0o600, Some(1000)));
@@ -137,7 +137,7 @@ fn files_are_those_of_the_objects() {
 
 #[test]
 fn what_is_missing_is_said_in_the_kubelets_words() {
-    let pod = pod(serde_json::json!({"containers": []}));
+    let pod = pod(&serde_json::json!({"containers": []}));
     let item = |key: &str| serde_json::json!([{"key": key, "path": "p"}]);
     for (source, expected) in [
         (serde_json::json!({"configMap": {"name": "none"}}), "configmap \"none\" not found"),
@@ -181,6 +181,6 @@ fn the_user_counts_only_if_all_containers_share_it() {
             Some(5),
         ),
     ] {
-        assert_eq!(owners(&pod(spec)).0, owner);
+        assert_eq!(owners(&pod(&spec)).0, owner);
     }
 }

@@ -117,7 +117,7 @@ impl Node {
     }
 }
 
-fn pod(volumes: serde_json::Value, context: serde_json::Value) -> Pod {
+fn pod(volumes: &serde_json::Value, context: &serde_json::Value) -> Pod {
     serde_json::from_value(serde_json::json!({
         "metadata": {"name": "web", "namespace": "ns", "uid": "uid-1", "labels": {"a": "1"}},
         "spec": {"volumes": volumes, "securityContext": context, "serviceAccountName": "sa",
@@ -159,7 +159,7 @@ fn volumes_live_and_go() {
         let mut node = Node::new();
         node.objects.set(DataKind::ConfigMap, "conf", &[("a", "1")]);
         node.objects.set(DataKind::Secret, "keys", &[("k", "secret")]);
-        let pod = pod(all_kinds(), serde_json::json!({"fsGroup": 4242}));
+        let pod = pod(&all_kinds(), &serde_json::json!({"fsGroup": 4242}));
         let mounted = node.volumes.mount(&pod).await.unwrap();
         let folder = node.folder.path().canonicalize().unwrap().join("pods/uid-1");
         assert_eq!(mounted.paths["conf"], folder.join("volumes/kubernetes.io~configmap/conf"));
@@ -218,7 +218,7 @@ fn files_follow_their_objects() {
     in_own_mounts("files_follow_their_objects", async {
         let mut node = Node::new();
         *node.objects.token_life.lock().unwrap() = Some(SignedDuration::from_millis(500));
-        let mut pod = pod(all_kinds(), serde_json::json!({}));
+        let mut pod = pod(&all_kinds(), &serde_json::json!({}));
         let said = node.volumes.mount(&pod).await.unwrap_err();
         assert_eq!(
             said.to_string(),
@@ -271,7 +271,7 @@ fn a_sub_path_is_mounted_by_what_it_is() {
         node.objects.set(DataKind::ConfigMap, "conf", &[("a", "1")]);
         let volumes = serde_json::json!([
             {"name": "disk", "emptyDir": {}}, {"name": "conf", "configMap": {"name": "conf"}}]);
-        let mounted = node.volumes.mount(&pod(volumes, serde_json::json!({}))).await.unwrap();
+        let mounted = node.volumes.mount(&pod(&volumes, &serde_json::json!({}))).await.unwrap();
         let part = |volume: &'static str, index, sub_path| SubPathMount {
             pod_uid: "uid-1",
             container: "c",
@@ -308,7 +308,8 @@ async fn names_that_are_no_names_are_refused() {
         assert!(node.volumes.unmount(uid).await.is_err(), "{uid}");
     }
     node.volumes.unmount("never-seen").await.unwrap();
-    let mut bad = pod(serde_json::json!([{"name": "a/b", "emptyDir": {}}]), serde_json::json!({}));
+    let mut bad =
+        pod(&serde_json::json!([{"name": "a/b", "emptyDir": {}}]), &serde_json::json!({}));
     assert!(node.volumes.mount(&bad).await.is_err());
     bad.metadata.uid = Some("../..".into());
     assert!(node.volumes.mount(&bad).await.is_err());

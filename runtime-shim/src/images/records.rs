@@ -251,7 +251,12 @@ fn lock(root: &Path) -> io::Result<File> {
 fn remove_stale(tmp: &Path) -> io::Result<()> {
     for name in names(tmp)? {
         let path = tmp.join(name);
-        match File::open(&path)?.try_lock() {
+        let left = match File::open(&path) {
+            // Its process ended properly just now, and removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            left => left?,
+        };
+        match left.try_lock() {
             Ok(()) if path.is_dir() => fs::remove_dir_all(&path)?,
             Ok(()) => fs::remove_file(&path)?,
             Err(TryLockError::WouldBlock) => {}

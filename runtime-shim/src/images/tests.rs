@@ -188,6 +188,39 @@ async fn an_image_goes_through_a_real_registry() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_several_platforms_this_ones_image_is_taken() {
+    let registry = TestRegistry::start(None).await;
+    let layer = small_layer("mine");
+    registry.push("multi:mine", &layer, gzip(&layer), &Credentials::Anonymous).await;
+    let config = ClientConfig { protocol: ClientProtocol::Http, ..ClientConfig::default() };
+    let client = Client::try_from(config).unwrap();
+    let single: Reference = registry.image("multi:mine").parse().unwrap();
+    let accepted = ["application/vnd.oci.image.manifest.v1+json"];
+    let (manifest, digest) =
+        client.pull_manifest_raw(&single, &Credentials::Anonymous, &accepted).await.unwrap();
+    let entry = |arch: &str| {
+        serde_json::json!({"mediaType": accepted[0], "digest": digest, "size": manifest.len(),
+            "platform": {"os": "linux", "architecture": arch}})
+    };
+    let root = tempfile::tempdir().unwrap();
+    let images = store(root.path(), &registry.host);
+    let mine = oci_spec::image::Arch::default().to_string();
+    for (tag, arch) in [("all", mine.as_str()), ("other", "mips")] {
+        let index = serde_json::from_value(serde_json::json!({
+            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": [entry("s390"), entry(arch)]}))
+        .unwrap();
+        let name: Reference = registry.image(&format!("multi:{tag}")).parse().unwrap();
+        client.push_manifest_list(&name, &Credentials::Anonymous, index).await.unwrap();
+    }
+    let image = images.pull(&registry.image("multi:all"), &[]).await.unwrap();
+    assert!(!image.repo_digests[0].ends_with(&digest), "the index's digest is the name's");
+    assert!(images.layers(&image.id).await.unwrap()[0].join("mine").exists());
+    let said = images.pull(&registry.image("multi:other"), &[]).await.unwrap_err().to_string();
+    assert!(said.contains(&format!("not for linux/{mine}")), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_registry_gets_wrong_is_said() {
     let registry = TestRegistry::start(None).await;
     let root = tempfile::tempdir().unwrap();
