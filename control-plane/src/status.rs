@@ -219,11 +219,7 @@ impl Status {
 
     /// 413.
     pub fn too_large(message: &str) -> Self {
-        Self::new(
-            413,
-            "RequestEntityTooLarge",
-            format!("Request entity is too large: {message}"),
-        )
+        Self::new(413, "RequestEntityTooLarge", format!("Request entity is too large: {message}"))
     }
 
     /// 429: try again after so many seconds.
@@ -288,8 +284,12 @@ impl Status {
 impl Details {
     fn to_value(&self) -> Value {
         let mut out = Map::new();
-        let texts =
-            [("name", &self.name), ("group", &self.group), ("kind", &self.kind), ("uid", &self.uid)];
+        let texts = [
+            ("name", &self.name),
+            ("group", &self.group),
+            ("kind", &self.kind),
+            ("uid", &self.uid),
+        ];
         for (key, text) in texts {
             if !text.is_empty() {
                 out.insert(key.to_owned(), Value::from(text.as_str()));
@@ -308,8 +308,7 @@ impl Details {
 impl Cause {
     fn to_value(&self) -> Value {
         let mut out = Map::new();
-        let texts =
-            [("reason", &self.reason), ("message", &self.message), ("field", &self.field)];
+        let texts = [("reason", &self.reason), ("message", &self.message), ("field", &self.field)];
         for (key, text) in texts {
             if !text.is_empty() {
                 out.insert(key.to_owned(), Value::from(text.as_str()));

@@ -1,8 +1,44 @@
 //! The last word on an object before it is stored: what is filled in, and what is refused.
+//!
+//! [`chain`] runs these plugins in order; each is documented by Kubernetes under the same name
+//! ("Admission Control in Kubernetes") and is a file here:
+//!
+//! | plugin | what it does |
+//! |---|---|
+//! | [`NamespaceLifecycle`](namespace_lifecycle) | nothing new in namespaces that are missing or end |
+//! | [`ServiceAccount`](service_account) | pods run as a service account and get its token |
+//! | [`NodeRestriction`](node_restriction) | kubelets change what is theirs alone |
+//! | [`TaintNodesByCondition`](taint_nodes) | new nodes get no pods before they are ready |
+//! | [`Priority`](priority) | priority classes become numbers |
+//! | [`DefaultTolerationSeconds`](default_tolerations) | pods stay five minutes on a node that fails |
+//! | [`RbacEscalation`](rbac_escalation) | nobody grants what they do not hold (in Kubernetes part of the RBAC storage) |
+//!
+//! Not there: PodSecurity, LimitRanger, ResourceQuota, webhooks and policies.
+//!
+//! Plugins are pure but for what they look up in memory; they are asked on dry runs too.
+
+pub(crate) mod default_tolerations;
+pub(crate) mod namespace_lifecycle;
+pub(crate) mod node_restriction;
+pub(crate) mod priority;
+pub(crate) mod rbac_escalation;
+pub(crate) mod service_account;
+pub(crate) mod taint_nodes;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::auth::UserInfo;
+use crate::{
+    auth::{
+        Authorizers, UserInfo,
+        fields::{name, text},
+    },
+    lookup::Lookup,
+};
 
 /// What is being done to an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,4 +132,57 @@ pub trait Admission: Send + Sync + 'static {
         request: &AdmissionRequest<'_>,
         object: Option<&mut Value>,
     ) -> Result<(), Refusal>;
+}
+
+/// The plugins, in order.
+pub struct Chain(Vec<Box<dyn Admission>>);
+
+/// The API server's admission chain over its watch cache.
+pub fn chain(lookup: &Arc<dyn Lookup>, authorizers: &Arc<Authorizers>) -> Chain {
+    let lookup = || Arc::clone(lookup);
+    Chain(vec![
+        Box::new(namespace_lifecycle::NamespaceLifecycle::new(lookup())),
+        Box::new(service_account::ServiceAccount::new(lookup())),
+        Box::new(node_restriction::NodeRestriction::new(lookup(), Arc::clone(authorizers) as _)),
+        Box::new(taint_nodes::TaintNodesByCondition),
+        Box::new(priority::Priority::new(lookup())),
+        Box::new(default_tolerations::DefaultTolerationSeconds),
+        Box::new(rbac_escalation::RbacEscalation::new(Arc::clone(authorizers))),
+    ])
+}
+
+impl Admission for Chain {
+    fn admit(
+        &self,
+        request: &AdmissionRequest<'_>,
+        mut object: Option<&mut Value>,
+    ) -> Result<(), Refusal> {
+        self.0.iter().try_for_each(|plugin| plugin.admit(request, object.as_deref_mut()))
+    }
+}
+
+impl AdmissionRequest<'_> {
+    /// Whether it is about objects of this resource themselves.
+    fn is_for(&self, group: &str, resource: &str) -> bool {
+        self.group == group && self.resource == resource && self.subresource.is_empty()
+    }
+
+    /// Whether a pod is created.
+    fn creates_pod(&self) -> bool {
+        self.operation == Operation::Create && self.is_for("", "pods")
+    }
+
+    /// The object's name: on create it may stand in the object alone.
+    fn object_name<'a>(&'a self, object: Option<&'a Value>) -> &'a str {
+        if self.name.is_empty() { object.map(name).unwrap_or_default() } else { self.name }
+    }
+
+    /// The 403 for this object.
+    fn forbidden(&self, object: Option<&Value>, why: &str) -> Refusal {
+        let object_name = match self.object_name(object) {
+            "" => object.map(|o| text(o, &["metadata", "generateName"])).unwrap_or_default(),
+            name => name,
+        };
+        Refusal::forbidden(self.group, self.resource, object_name, why)
+    }
 }

@@ -36,15 +36,3 @@ pub(crate) fn namespace(object: &Value) -> &str {
 pub(crate) fn uid(object: &Value) -> &str {
     text(object, &["metadata", "uid"])
 }
-
-/// A map of texts, such as labels; empty if there is none.
-pub(crate) fn pairs<'a>(
-    object: &'a Value,
-    path: &[&str],
-) -> impl Iterator<Item = (&'a str, &'a str)> {
-    at(object, path)
-        .and_then(Value::as_object)
-        .into_iter()
-        .flatten()
-        .filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)))
-}

@@ -115,7 +115,8 @@ mod tests {
     #[test]
     fn json_patches_apply_or_are_refused() {
         let target = json!({"a": 1, "b": [1]});
-        let add = json!([{"op": "add", "path": "/b/-", "value": 2}, {"op": "remove", "path": "/a"}]);
+        let add =
+            json!([{"op": "add", "path": "/b/-", "value": 2}, {"op": "remove", "path": "/a"}]);
         assert_eq!(json_patch(&target, &add).unwrap(), json!({"b": [1, 2]}));
         let test = json!([{"op": "test", "path": "/a", "value": 2}]);
         assert_eq!(json_patch(&target, &test).unwrap_err().code, 422);
@@ -127,9 +128,8 @@ mod tests {
     #[test]
     fn copies_that_double_are_stopped() {
         let target = json!({"a": "x".repeat(1000)});
-        let operations: Vec<Value> = (0..64)
-            .map(|i| json!({"op": "copy", "from": "", "path": format!("/b{i}")}))
-            .collect();
+        let operations: Vec<Value> =
+            (0..64).map(|i| json!({"op": "copy", "from": "", "path": format!("/b{i}")})).collect();
         assert_eq!(json_patch(&target, &Value::Array(operations)).unwrap_err().code, 413);
     }
 

@@ -281,9 +281,7 @@ fn reorder(
     order: &Value,
     key: Option<&str>,
 ) -> Result<Vec<Value>, Status> {
-    let order = order
-        .as_array()
-        .ok_or_else(|| bad("$setElementOrder must be a list"))?;
+    let order = order.as_array().ok_or_else(|| bad("$setElementOrder must be a list"))?;
     let id = |item: &Value| match key {
         Some(key) => item.get(key).cloned().unwrap_or(Value::Null),
         None => item.clone(),

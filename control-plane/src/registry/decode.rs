@@ -34,8 +34,7 @@ impl FieldValidation {
             Some("Strict") => Ok(Self::Strict),
             Some(other) => {
                 let supported = &["Ignore", "Warn", "Strict", ""];
-                let error =
-                    FieldError::not_supported("fieldValidation", other, supported);
+                let error = FieldError::not_supported("fieldValidation", other, supported);
                 Err(Status::invalid("meta.k8s.io", "CreateOptions", "", &[error]))
             }
         }

@@ -30,12 +30,12 @@ use std::{
 use jiff::Timestamp;
 use serde_json::Value;
 
+pub(crate) use self::strategy::Strategy;
 pub use self::{
     decode::{Decoded, FieldValidation},
     kinds::pod::bind as bind_pod,
     meta::{generate_name, timestamp},
 };
-pub(crate) use self::strategy::Strategy;
 use crate::status::{FieldError, Status};
 
 /// Under what objects are stored: versions of one kind share it.
@@ -213,11 +213,8 @@ impl Resource {
     /// 422 for an object of this kind.
     pub fn invalid(&self, object: &Value, errors: &[FieldError]) -> Status {
         let name = value::text(object, &["metadata", "name"]);
-        let name = if name.is_empty() {
-            value::text(object, &["metadata", "generateName"])
-        } else {
-            name
-        };
+        let name =
+            if name.is_empty() { value::text(object, &["metadata", "generateName"]) } else { name };
         Status::invalid(&self.group, &self.kind, name, errors)
     }
 
@@ -283,9 +280,7 @@ pub struct Registry {
 static BUILTIN: LazyLock<Arc<Registry>> = LazyLock::new(|| {
     let by_name = rows::all()
         .into_iter()
-        .map(|row| {
-            ((row.group.clone(), row.version.clone(), row.plural.clone()), Arc::new(row))
-        })
+        .map(|row| ((row.group.clone(), row.version.clone(), row.plural.clone()), Arc::new(row)))
         .collect();
     Arc::new(Registry { by_name })
 });
@@ -306,9 +301,7 @@ impl Registry {
 
     /// The resource of a kind.
     pub fn kind(&self, group: &str, version: &str, kind: &str) -> Option<&Arc<Resource>> {
-        self.by_name
-            .values()
-            .find(|r| r.kind == kind && r.version == version && r.group == group)
+        self.by_name.values().find(|r| r.kind == kind && r.version == version && r.group == group)
     }
 
     /// All resources, by group, version and plural name.

@@ -118,10 +118,7 @@ impl Row {
             namespaced: self.namespaced,
             verbs: self.verbs.to_vec(),
             subresources: self.subresources,
-            storage: StorageKey {
-                group: storage_group.to_owned(),
-                plural: self.plural.to_owned(),
-            },
+            storage: StorageKey { group: storage_group.to_owned(), plural: self.plural.to_owned() },
             virtual_only: self.verbs == CREATE,
             has_generation: self.generation,
             strategy: self.strategy,
@@ -130,12 +127,7 @@ impl Row {
 }
 
 pub(super) fn all() -> Vec<Resource> {
-    core()
-        .into_iter()
-        .chain(workloads())
-        .chain(access())
-        .map(Row::into_resource)
-        .collect()
+    core().into_iter().chain(workloads()).chain(access()).map(Row::into_resource).collect()
 }
 
 fn core() -> Vec<Row> {
@@ -263,12 +255,7 @@ fn access() -> Vec<Row> {
             "selfsubjectrulesreviews",
             "selfsubjectrulesreview",
         ),
-        Row::review(
-            authz,
-            "SubjectAccessReview",
-            "subjectaccessreviews",
-            "subjectaccessreview",
-        ),
+        Row::review(authz, "SubjectAccessReview", "subjectaccessreviews", "subjectaccessreview"),
         Row::stored(
             rbac,
             "ClusterRoleBinding",

@@ -44,11 +44,8 @@ pub fn apply(object: &mut Value, scale: &Value) -> Result<(), Status> {
     }
     let replicas = value::int(scale, &["spec", "replicas"]).unwrap_or(0);
     if replicas < 0 || replicas > i64::from(i32::MAX) {
-        let error = FieldError::invalid(
-            "spec.replicas",
-            replicas,
-            "must be greater than or equal to 0",
-        );
+        let error =
+            FieldError::invalid("spec.replicas", replicas, "must be greater than or equal to 0");
         return Err(Status::invalid("autoscaling", "Scale", &name, &[error]));
     }
     if let Some(spec) = value::object_at(object, "spec") {

@@ -40,7 +40,10 @@ pub(crate) fn entries<'a>(
 }
 
 /// The object at a field, made if there is none (or null).
-pub(crate) fn object_at<'a>(value: &'a mut Value, name: &str) -> Option<&'a mut Map<String, Value>> {
+pub(crate) fn object_at<'a>(
+    value: &'a mut Value,
+    name: &str,
+) -> Option<&'a mut Map<String, Value>> {
     let field = value.as_object_mut()?.entry(name).or_insert(Value::Null);
     if field.is_null() {
         *field = Value::Object(Map::new());

@@ -72,9 +72,9 @@ impl Checker<'_> {
         parent: &str,
     ) -> Result<(), TypeMismatch> {
         match (shape, &mut *value) {
-            (Shape::Any, _) | (Shape::String, Value::String(_)) | (Shape::Boolean, Value::Bool(_)) => {
-                Ok(())
-            }
+            (Shape::Any, _)
+            | (Shape::String, Value::String(_))
+            | (Shape::Boolean, Value::Bool(_)) => Ok(()),
             (Shape::Object(id), _) => self.structure(*id, value, path, parent),
             (Shape::Int32 | Shape::IntOrString, Value::Number(n))
                 if n.as_i64().is_some_and(|n| i32::try_from(n).is_ok()) =>

@@ -19,7 +19,7 @@ mod tests;
 use std::sync::Arc;
 
 use self::graph::Graph;
-pub(crate) use self::graph::Kind;
+pub(crate) use self::graph::{Kind, MIRROR, references};
 use super::{Attributes, Authorizer, Decision, UserInfo, fields::text, rbac::Rule};
 use crate::lookup::Lookup;
 

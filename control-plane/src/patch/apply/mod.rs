@@ -78,10 +78,9 @@ fn not_written(resource: &Resource, subresource: &str) -> FieldSet {
         return set;
     }
     match subresource {
-        "status" => {
-            set.union(&FieldSet::path(&["spec"]))
-                .union(&FieldSet::path(&["metadata", "ownerReferences"]))
-        }
+        "status" => set
+            .union(&FieldSet::path(&["spec"]))
+            .union(&FieldSet::path(&["metadata", "ownerReferences"])),
         // Nodes may come with a status.
         "" if resource.kind == "Node" => set,
         "" => set.union(&FieldSet::path(&["status"])),
@@ -224,9 +223,8 @@ fn keep_identity(live: &Value, new: &mut Value) {
 fn prune(shape: &Shape, merged: Value, managed: &Managed, before: Option<&Held>) -> Value {
     let Some(before) = before.filter(|held| !held.fields.is_empty()) else { return merged };
     let last = before.fields.with_named_parents();
-    let without = |set: &FieldSet| {
-        typed::remove(shape, &merged, set).unwrap_or_else(typed::nothing)
-    };
+    let without =
+        |set: &FieldSet| typed::remove(shape, &merged, set).unwrap_or_else(typed::nothing);
     let named = |object: &Value| typed::fields_set(shape, object).with_named_parents();
     let all = named(&merged);
     let pruned = without(&last);
@@ -337,8 +335,7 @@ pub fn record_update(
     };
     let nothing = typed::nothing();
     let without = not_written(resource, subresource);
-    let difference =
-        typed::compare(&shape, old.unwrap_or(&nothing), new).without(&without);
+    let difference = typed::compare(&shape, old.unwrap_or(&nothing), new).without(&without);
     let me = Manager::updater(manager, subresource, &resource.api_version());
     let taken = owned(&difference.added.union(&difference.modified), &without);
     let before = managed.0.get(&me).cloned();

@@ -66,10 +66,7 @@ fn a_changed_field_of_another_is_a_conflict_unless_forced() {
     assert_eq!(forced["spec"], json!({"replicas": 5, "minReadySeconds": 1}));
     let managed = Managed::read(&forced).unwrap();
     let one = &managed.0[&Manager::applier("one", "")];
-    assert_eq!(
-        one.fields.paths(),
-        [".metadata.labels.app", ".spec.minReadySeconds"]
-    );
+    assert_eq!(one.fields.paths(), [".metadata.labels.app", ".spec.minReadySeconds"]);
 }
 
 #[test]
@@ -111,7 +108,8 @@ fn items_are_removed_with_what_defaults_put_in_them() {
 
 #[test]
 fn items_of_others_keep_their_place() {
-    let mut live = run(None, &containers(&json!([{"name": "b", "image": "y"}])), "one", false).unwrap();
+    let mut live =
+        run(None, &containers(&json!([{"name": "b", "image": "y"}])), "one", false).unwrap();
     let old = live.clone();
     let list = &mut live["spec"]["template"]["spec"]["containers"];
     *list = json!([{"name": "side", "image": "s"}, {"name": "b", "image": "y"}]);
@@ -162,7 +160,8 @@ fn status_writes_are_entries_of_their_own() {
     let mut first = applied(&json!({"replicas": 1}));
     record_update(&resource, None, &mut first, "a", "", at(0));
     let mut second = first.clone();
-    second["status"] = json!({"replicas": 1, "conditions": [{"type": "Available", "status": "True"}]});
+    second["status"] =
+        json!({"replicas": 1, "conditions": [{"type": "Available", "status": "True"}]});
     record_update(&resource, Some(&first), &mut second, "ctl", "status", at(1));
     let entries = second["metadata"]["managedFields"].as_array().unwrap();
     let status = entries.iter().find(|e| e["subresource"] == "status").unwrap();
@@ -242,7 +241,9 @@ fn names_of_managers_come_from_the_request() {
 
 fn spec() -> impl Strategy<Value = Value> {
     let env = prop::collection::btree_map("[A-C]", "[x-z]", 0..3).prop_map(|env| {
-        env.into_iter().map(|(name, value)| json!({"name": name, "value": value})).collect::<Vec<_>>()
+        env.into_iter()
+            .map(|(name, value)| json!({"name": name, "value": value}))
+            .collect::<Vec<_>>()
     });
     let container = ("[a-c]", "[x-z]", env);
     let containers = prop::collection::vec(container, 0..4).prop_map(|list| {
@@ -252,8 +253,8 @@ fn spec() -> impl Strategy<Value = Value> {
             .map(|(name, image, env)| json!({"name": name, "image": image, "env": env}))
             .collect::<Vec<_>>()
     });
-    (prop::option::of(0..3_i64), containers, prop::collection::btree_map("[a-c]", "[x-z]", 0..3)).prop_map(
-        |(replicas, containers, labels)| {
+    (prop::option::of(0..3_i64), containers, prop::collection::btree_map("[a-c]", "[x-z]", 0..3))
+        .prop_map(|(replicas, containers, labels)| {
             let mut spec = json!({"template": {
                 "metadata": {"labels": labels}, "spec": {"containers": containers},
             }});
@@ -261,8 +262,7 @@ fn spec() -> impl Strategy<Value = Value> {
                 spec["replicas"] = replicas.into();
             }
             spec
-        },
-    )
+        })
 }
 
 proptest! {

@@ -112,8 +112,9 @@ pub(super) fn find_duplicates(
         Grain::Structure(structure) => fields_of(value).try_for_each(|(name, field)| {
             find_duplicates(field_shape(structure, name), field, &format!("{path}.{name}"))
         }),
-        Grain::Map(values) => fields_of(value)
-            .try_for_each(|(name, field)| find_duplicates(values, field, &format!("{path}.{name}"))),
+        Grain::Map(values) => fields_of(value).try_for_each(|(name, field)| {
+            find_duplicates(values, field, &format!("{path}.{name}"))
+        }),
         Grain::Set | Grain::Items(..) => {
             let mut seen = std::collections::BTreeSet::new();
             for item in items_of(value) {
@@ -122,7 +123,10 @@ pub(super) fn find_duplicates(
                     find_duplicates(items, item, &format!("{path}[{}]", &element[2..]))?;
                 }
                 if let Some(item) = seen.replace(element) {
-                    return Err(DuplicateItem { path: path.to_owned(), item: item[2..].to_owned() });
+                    return Err(DuplicateItem {
+                        path: path.to_owned(),
+                        item: item[2..].to_owned(),
+                    });
                 }
             }
             Ok(())

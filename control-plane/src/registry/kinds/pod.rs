@@ -5,8 +5,8 @@ pub(crate) static POD: Strategy = Strategy::PLAIN;
 
 use serde_json::Value;
 
-use crate::status::Status;
 use crate::registry::value;
+use crate::status::Status;
 
 /// Puts a pod on a node, as a Binding says (`pods/binding`).
 ///
