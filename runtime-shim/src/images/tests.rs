@@ -498,3 +498,71 @@ async fn layers_that_another_image_needs_stay() {
     images.remove("a:1", &nobody_uses_it()).await.unwrap();
     assert!(!folders[0].exists());
 }
+
+/// Imports an image of two layers: the upper one removes a file and empties a folder of the lower.
+async fn two_layers(root: &Path) -> Vec<PathBuf> {
+    let lower = tar_of(&[("gone", b"x"), ("folder/old", b"x"), ("stays", b"lower")]);
+    let upper = {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Directory);
+        header.set_mode(0o755);
+        header.set_size(0);
+        tar.append_data(&mut header, "folder", std::io::empty()).unwrap();
+        for (name, content) in [(".wh.gone", ""), ("folder/.wh..wh..opq", ""), ("folder/new", "n")]
+        {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            tar.append_data(&mut header, name, content.as_bytes()).unwrap();
+        }
+        tar.into_inner().unwrap()
+    };
+    let config = config_of(&[hashing::digest(&lower), hashing::digest(&upper)]);
+    let manifest = br#"[{"Config":"c","RepoTags":["two:1"],"Layers":["0","1"]}]"#;
+    let archive = root.join("two.tar");
+    let members: [(&str, &[u8]); 4] =
+        [("manifest.json", manifest), ("c", &config), ("0", &lower), ("1", &upper)];
+    fs::write(&archive, tar_of(&members)).unwrap();
+    let images = store(&root.join("store"), "");
+    let image = images.import(&archive).await.unwrap().remove(0);
+    images.layers(&image.id).await.unwrap()
+}
+
+/// In a process with a mount namespace of its own, so that nothing is left behind.
+#[test]
+fn overlay_stacks_what_was_unpacked() {
+    const INSIDE: &str = "KEELSON_TEST_OWN_MOUNTS";
+    if std::env::var_os(INSIDE).is_none() {
+        let output = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "--"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["images::tests::overlay_stacks_what_was_unpacked", "--exact", "--nocapture"])
+            .env(INSIDE, "1")
+            .output()
+            .expect("unshare (Debian package util-linux) and root are needed");
+        let said = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("1 passed"), "{said}{errors}");
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let layers = runtime.block_on(two_layers(root.path()));
+    let merged = root.path().join("merged");
+    fs::create_dir(&merged).unwrap();
+    let options = format!("lowerdir={}:{}", layers[1].display(), layers[0].display());
+    let none = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("overlay"), &merged, Some("overlay"), none, Some(options.as_str()))
+        .unwrap();
+    let mut names: Vec<_> = fs::read_dir(&merged)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["folder", "stays"]);
+    let inside: Vec<_> =
+        fs::read_dir(merged.join("folder")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(inside, ["new"]);
+    nix::mount::umount(&merged).unwrap();
+}
