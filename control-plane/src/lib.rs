@@ -6,6 +6,7 @@ pub mod admission;
 pub mod auth;
 pub mod cache;
 pub mod controllers;
+pub mod dns;
 pub mod informers;
 pub mod lookup;
 pub mod patch;

@@ -17,19 +17,19 @@
 //! Shared: [`queue`], [`change`] (small conditional writes), [`claim`] (adoption), [`expectations`]
 //! (what was written but not yet seen), [`pods`] and [`names`].
 
-mod change;
+pub(crate) mod change;
 mod claim;
 mod deployment;
 mod discover;
 mod endpointslice;
-mod error;
+pub(crate) mod error;
 mod expectations;
 mod furnish;
 mod gc;
 mod names;
 mod namespace;
 mod pods;
-mod queue;
+pub(crate) mod queue;
 mod replicaset;
 
 use std::{future::Future, sync::Arc};
