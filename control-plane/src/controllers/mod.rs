@@ -13,6 +13,7 @@
 //! * [`endpointslice`]: which pods stand behind a Service.
 //! * [`namespace`], [`gc`]: what goes when something else goes.
 //! * [`furnish`]: what every namespace has.
+//! * [`node`], [`podgc`]: nodes that come, go and fall silent, and what that means for pods.
 //!
 //! Shared: [`queue`], [`change`] (small conditional writes), [`claim`] (adoption), [`expectations`]
 //! (what was written but not yet seen), [`pods`] and [`names`].
@@ -28,18 +29,23 @@ mod furnish;
 mod gc;
 mod names;
 mod namespace;
+mod node;
+mod podgc;
 mod pods;
 pub(crate) mod queue;
 mod replicaset;
 
-use std::{future::Future, sync::Arc};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
+use ipnet::IpNet;
 use keelson_api::events::EventRecorder;
 use kube::Client;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::informers::Informers;
+
+pub use self::node::ipam::PodRanges;
 
 /// What the controllers must be told.
 #[derive(Clone, Debug)]
@@ -47,6 +53,29 @@ pub struct ControllersConfig {
     /// The certificate authority that the API server's certificate is of, in PEM: what pods get
     /// to verify it by.
     pub root_ca_pem: String,
+    /// The ranges that nodes get their pod addresses from; without a range nodes get none.
+    pub pod_ranges: PodRanges,
+    /// How long a node may be silent before it counts as unreachable.
+    pub node_grace_period: Duration,
+    /// How many pods that have ended may stay; 0 for any number.
+    pub terminated_pods: usize,
+}
+
+impl ControllersConfig {
+    /// Kubernetes' defaults, with what has none.
+    pub fn new(root_ca_pem: String, cluster_ranges: Vec<IpNet>) -> Self {
+        Self {
+            root_ca_pem,
+            pod_ranges: PodRanges {
+                cluster: cluster_ranges,
+                node_prefix_v4: 24,
+                node_prefix_v6: 64,
+            },
+            // --node-monitor-grace-period, 50 s since 1.32.
+            node_grace_period: Duration::from_secs(50),
+            terminated_pods: 12_500,
+        }
+    }
 }
 
 /// Starts all controllers and waits for their end after `shutdown`.
@@ -83,7 +112,22 @@ pub async fn run(
     start.spawn(furnish::run_accounts(client, informers.clone(), shutdown.clone()));
     let client = client_for("root-ca-cert-publisher");
     let pem = config.root_ca_pem.into();
-    start.spawn(furnish::run_root_ca(client, informers, pem, shutdown.clone()));
+    start.spawn(furnish::run_root_ca(client, informers.clone(), pem, shutdown.clone()));
+    let with = informers.clone();
+    let grace_period = config.node_grace_period;
+    start.with_events("node-controller", |client, events, shutdown| {
+        let ranges = config.pod_ranges;
+        Box::pin(async move {
+            let (c, i, e, s) = (client.clone(), with.clone(), events.clone(), shutdown.clone());
+            let lifecycle = Box::pin(node::run(c, i, e, grace_period, s));
+            let (c, i, e, s) = (client.clone(), with.clone(), events.clone(), shutdown.clone());
+            let eviction = Box::pin(node::eviction::run(c, i, e, s));
+            let ipam = Box::pin(node::ipam::run(client, with, events, ranges, shutdown));
+            futures::future::join3(lifecycle, eviction, ipam).await;
+        })
+    });
+    let client = client_for("pod-garbage-collector");
+    start.spawn(podgc::run(client, informers, config.terminated_pods, shutdown.clone()));
     tasks.close();
     tasks.wait().await;
 }
