@@ -101,6 +101,8 @@ fn plain_pod() -> Value {
     )
 }
 
+type Change = dyn Fn(&mut Value);
+
 #[test]
 fn namespaces() {
     let chain = chain_of(&cluster());
@@ -276,7 +278,7 @@ fn kubelets_make_mirror_pods_only() {
     let owner = |field: &'static str, value: Value| {
         move |pod: &mut Value| pod["metadata"]["ownerReferences"][0][field] = value.clone()
     };
-    let table: [(&str, Box<dyn Fn(&mut Value)>); 12] = [
+    let table: [(&str, Box<Change>); 12] = [
         (
             "can only create mirror pods",
             Box::new(|pod| {
@@ -413,7 +415,7 @@ fn kubelets_write_their_own_node() {
     };
     update(&|node| node["status"] = json!({ "phase": "x" }), "nodes/status").unwrap();
     update(&|node| node["metadata"]["labels"]["plain"] = json!("y"), "nodes").unwrap();
-    let table: [(&str, &dyn Fn(&mut Value)); 5] = [
+    let table: [(&str, &Change); 5] = [
         ("is not allowed to modify labels: x.node-restriction.kubernetes.io/y", &|node| {
             node["metadata"]["labels"]["x.node-restriction.kubernetes.io/y"] = json!("1");
         }),

@@ -12,7 +12,8 @@
 //! * [`rbac`], [`node`]: the two authorizers. Both decide from memory, by indexes ([`derived`]) that
 //!   are made again only when the objects under them changed.
 //! * [`bootstrap`]: the documented default roles and bindings.
-//! * [`reviews`]: the same answers as API objects (`TokenReview`, `SubjectAccessReview`, …).
+//! * [`reviews`]: the same answers as API objects (`TokenReview`, `SubjectAccessReview`, …);
+//!   [`Answers`] is all of them for the server to call.
 //!
 //! Nothing here does I/O or waits. A refusal says what Kubernetes says, and no more than that to who
 //! is not authenticated.
@@ -20,6 +21,7 @@
 //! [authenticators]: authenticators()
 //! [authorizers]: authorizers()
 
+pub(crate) mod answers;
 pub(crate) mod authenticators;
 pub(crate) mod authorizers;
 pub mod bootstrap;
@@ -38,6 +40,7 @@ pub(crate) mod fixture;
 #[cfg(test)]
 mod tests;
 
+pub use answers::Answers;
 pub use authenticators::{Anonymous, Authenticators, authenticators};
 pub use authorizers::{Authorizers, authorizers};
 
@@ -71,6 +74,34 @@ pub struct UserInfo {
     /// What else the authenticator said.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub extra: BTreeMap<String, Vec<String>>,
+}
+
+impl UserInfo {
+    /// A user that is known, with these groups and `system:authenticated`.
+    #[must_use]
+    pub fn user(username: impl Into<String>, groups: &[&str]) -> Self {
+        authenticators::authenticated(Self {
+            username: username.into(),
+            groups: groups.iter().map(|&group| group.to_owned()).collect(),
+            ..Self::default()
+        })
+    }
+
+    /// The kubelet of a node.
+    #[must_use]
+    pub fn node(name: &str) -> Self {
+        Self::user(format!("system:node:{name}"), &[node::NODES])
+    }
+
+    /// A service account, as its tokens name it; in-process controllers are those of `kube-system`.
+    #[must_use]
+    pub fn service_account(namespace: &str, name: &str) -> Self {
+        authenticators::authenticated(Self {
+            username: tokens::verify::username(namespace, name),
+            groups: tokens::verify::groups(namespace),
+            ..Self::default()
+        })
+    }
 }
 
 /// What a request wants to do, as an authorizer sees it.

@@ -1,9 +1,9 @@
 //! Roles of the controllers: `system:controller:<name>`, bound to the service account `<name>` of
 //! `kube-system`.
 //!
-//! To what Kubernetes documents, each role adds `list` and `watch` on what its controller follows:
-//! here every controller watches under its own name, where kube-controller-manager shares one
-//! watcher that may read everything.
+//! To what Kubernetes documents, each role adds `list` and `watch` on what its controller follows, so
+//! that one may run under its own name alone, and `patch` where `update` is granted: the controllers
+//! here write small changes, not whole objects.
 
 use super::Grant::{self, Api};
 
@@ -41,13 +41,13 @@ pub(super) const CONTROLLERS: &[Controller] = controllers! {
     "cronjob-controller": [
         Api("get list update watch", "batch", "cronjobs"),
         Api(KEEP, "batch", "jobs"),
-        Api("update", "batch", "cronjobs/status cronjobs/finalizers"),
+        Api("patch update", "batch", "cronjobs/status cronjobs/finalizers"),
         Api("delete list", "core", "pods"),
         EVENTS,
     ],
     "daemon-set-controller": [
         Api(READ, "apps", "daemonsets"),
-        Api("update", "apps", "daemonsets/finalizers daemonsets/status"),
+        Api("patch update", "apps", "daemonsets/finalizers daemonsets/status"),
         Api("list watch", "core", "nodes"),
         Api("create delete list patch watch", "core", "pods"),
         Api("create", "core", "pods/binding"),
@@ -55,8 +55,8 @@ pub(super) const CONTROLLERS: &[Controller] = controllers! {
         EVENTS,
     ],
     "deployment-controller": [
-        Api("get list update watch", "apps", "deployments"),
-        Api("update", "apps", "deployments/finalizers deployments/status"),
+        Api("get list patch update watch", "apps", "deployments"),
+        Api("patch update", "apps", "deployments/finalizers deployments/status"),
         Api(KEEP, "apps", "replicasets"),
         Api("get list update watch", "core", "pods"),
         EVENTS,
@@ -65,7 +65,7 @@ pub(super) const CONTROLLERS: &[Controller] = controllers! {
         Api(READ, "apps", "deployments replicasets statefulsets"),
         Api(READ, "core", "replicationcontrollers"),
         Api(READ, "policy", "poddisruptionbudgets"),
-        Api("update", "policy", "poddisruptionbudgets/status"),
+        Api("patch update", "policy", "poddisruptionbudgets/status"),
         Api("list watch", "core", "pods"),
         Api("patch update", "core", "pods/status"),
         Api("get", "*", "*/scale"),
@@ -98,7 +98,7 @@ pub(super) const CONTROLLERS: &[Controller] = controllers! {
     ],
     "horizontal-pod-autoscaler": [
         Api(READ, "autoscaling", "horizontalpodautoscalers"),
-        Api("update", "autoscaling", "horizontalpodautoscalers/status"),
+        Api("patch update", "autoscaling", "horizontalpodautoscalers/status"),
         Api("get update", "*", "*/scale"),
         Api("list watch", "core", "pods"),
         Api("list", "metrics.k8s.io", "pods"),
@@ -107,13 +107,13 @@ pub(super) const CONTROLLERS: &[Controller] = controllers! {
     ],
     "job-controller": [
         Api("get list patch update watch", "batch", "jobs"),
-        Api("update", "batch", "jobs/finalizers jobs/status"),
+        Api("patch update", "batch", "jobs/finalizers jobs/status"),
         Api("create delete list patch watch", "core", "pods"),
         EVENTS,
     ],
     "namespace-controller": [
         Api("delete get list watch", "core", "namespaces"),
-        Api("update", "core", "namespaces/finalize namespaces/status"),
+        Api("patch update", "core", "namespaces/finalize namespaces/status"),
         Api("delete deletecollection get list", "*", "*"),
     ],
     "node-controller": [
@@ -126,9 +126,9 @@ pub(super) const CONTROLLERS: &[Controller] = controllers! {
     ],
     "persistent-volume-binder": [
         Api(KEEP, "core", "persistentvolumes"),
-        Api("update", "core", "persistentvolumes/status"),
+        Api("patch update", "core", "persistentvolumes/status"),
         Api("get list update watch", "core", "persistentvolumeclaims"),
-        Api("update", "core", "persistentvolumeclaims/status"),
+        Api("patch update", "core", "persistentvolumeclaims/status"),
         Api("create delete get list watch", "core", "pods"),
         Api(READ, "storage.k8s.io", "storageclasses"),
         Api("get list", "core", "nodes"),
@@ -149,24 +149,24 @@ pub(super) const CONTROLLERS: &[Controller] = controllers! {
         EVENTS,
     ],
     "replicaset-controller": [
-        Api("get list update watch", "apps", "replicasets"),
-        Api("update", "apps", "replicasets/finalizers replicasets/status"),
+        Api("get list patch update watch", "apps", "replicasets"),
+        Api("patch update", "apps", "replicasets/finalizers replicasets/status"),
         Api("create delete get list patch watch", "core", "pods"),
         EVENTS,
     ],
     "replication-controller": [
         Api("get list update watch", "core", "replicationcontrollers"),
-        Api("update", "core", "replicationcontrollers/finalizers replicationcontrollers/status"),
+        Api("patch update", "core", "replicationcontrollers/finalizers replicationcontrollers/status"),
         Api("create delete get list patch watch", "core", "pods"),
         EVENTS,
     ],
     "resourcequota-controller": [
         Api("list watch", "*", "*"),
-        Api("update", "core", "resourcequotas/status"),
+        Api("patch update", "core", "resourcequotas/status"),
         EVENTS,
     ],
     "root-ca-cert-publisher": [
-        Api("create get list update watch", "core", "configmaps"),
+        Api("create get list patch update watch", "core", "configmaps"),
         Api("list watch", "core", "namespaces"),
         EVENTS,
     ],
@@ -184,7 +184,7 @@ pub(super) const CONTROLLERS: &[Controller] = controllers! {
     "statefulset-controller": [
         Api(READ, "core", "pods"),
         Api(READ, "apps", "statefulsets"),
-        Api("update", "apps", "statefulsets/finalizers statefulsets/status"),
+        Api("patch update", "apps", "statefulsets/finalizers statefulsets/status"),
         Api("create delete get patch update", "core", "pods"),
         Api(KEEP, "apps", "controllerrevisions"),
         Api("create delete get list update watch", "core", "persistentvolumeclaims"),

@@ -315,6 +315,15 @@ pub(super) const CLUSTER_ROLE_BINDINGS: &[Binding] = &[
 ];
 
 pub(super) const KUBE_SYSTEM_ROLES: &[Role] = &[
+    // Cluster DNS publishes its own address, where others have an administrator apply a manifest.
+    Role {
+        name: "system:kube-dns",
+        grants: &[
+            Api("create", "core discovery.k8s.io", "endpointslices services"),
+            Named("get patch update", "core", "services", "kube-dns"),
+            Api("get patch update", "discovery.k8s.io", "endpointslices"),
+        ],
+    },
     Role {
         name: "extension-apiserver-authentication-reader",
         grants: &[Named(READ, "core", "configmaps", "extension-apiserver-authentication")],
@@ -336,6 +345,11 @@ pub(super) const KUBE_SYSTEM_ROLES: &[Role] = &[
 ];
 
 pub(super) const KUBE_SYSTEM_ROLE_BINDINGS: &[Binding] = &[
+    Binding {
+        name: "system:kube-dns",
+        role: "system:kube-dns",
+        subjects: &[ServiceAccount("kube-dns")],
+    },
     Binding {
         name: "system::extension-apiserver-authentication-reader",
         role: "extension-apiserver-authentication-reader",

@@ -144,7 +144,7 @@ fn role(kind: &str, namespace: Option<&str>, name: &str, rule: &Rule) -> Value {
     })
 }
 
-fn binding(kind: &str, namespace: Option<&str>, role: (&str, &str), subjects: Value) -> Value {
+fn binding(kind: &str, namespace: Option<&str>, role: (&str, &str), subjects: &Value) -> Value {
     json!({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": kind,
         "metadata": { "name": format!("bind-{}", role.1), "namespace": namespace },
@@ -162,13 +162,13 @@ fn cluster() -> Objects {
             "ClusterRoleBinding",
             None,
             ("ClusterRole", "reader"),
-            json!([{ "kind": "Group", "name": "staff" }]),
+            &json!([{ "kind": "Group", "name": "staff" }]),
         ),
         binding(
             "RoleBinding",
             Some("a"),
             ("ClusterRole", "reader"),
-            json!([
+            &json!([
                 { "kind": "User", "name": "jane" },
                 { "kind": "ServiceAccount", "name": "robot", "namespace": "b" },
             ]),
@@ -177,13 +177,13 @@ fn cluster() -> Objects {
             "RoleBinding",
             Some("a"),
             ("Role", "local"),
-            json!([{ "kind": "ServiceAccount", "name": "own" }]),
+            &json!([{ "kind": "ServiceAccount", "name": "own" }]),
         ),
         binding(
             "RoleBinding",
             Some("c"),
             ("Role", "gone"),
-            json!([{ "kind": "User", "name": "jane" }]),
+            &json!([{ "kind": "User", "name": "jane" }]),
         ),
     ])
 }
@@ -235,7 +235,7 @@ fn changes_take_effect_at_once_whether_or_not_they_are_counted() {
             "RoleBinding",
             Some("a"),
             ("ClusterRole", "reader"),
-            json!([{ "kind": "User", "name": "new" }]),
+            &json!([{ "kind": "User", "name": "new" }]),
         );
         objects.add(grant.clone());
         assert!(allowed());
@@ -323,7 +323,7 @@ fn a_decision_takes_microseconds() {
             "RoleBinding",
             Some(&format!("ns-{}", n % 50)),
             ("ClusterRole", "edit"),
-            subjects,
+            &subjects,
         );
         bound["metadata"]["name"] = json!(format!("b{n}"));
         objects.add(bound);

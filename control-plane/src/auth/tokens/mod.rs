@@ -7,7 +7,7 @@
 //!
 //! * [`jwt`]: the signature alone (ES256), and what the token says.
 //! * [`verify`]: whether what it says is still so.
-//! * [`request`]: `serviceaccounts/<name>/token`.
+//! * [`request`]: the `token` subresource of service accounts.
 //! * [`discovery`]: the documents by which others can verify tokens.
 
 pub(crate) mod discovery;

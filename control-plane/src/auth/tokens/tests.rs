@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::auth::fixture::Objects;
 
-fn object(kind: &str, namespace: Option<&str>, name: &str, spec: Value) -> Value {
+fn object(kind: &str, namespace: Option<&str>, name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": "v1", "kind": kind,
         "metadata": { "name": name, "namespace": namespace, "uid": format!("uid-{name}") },
@@ -19,11 +19,16 @@ fn object(kind: &str, namespace: Option<&str>, name: &str, spec: Value) -> Value
 
 fn cluster() -> Arc<Objects> {
     Arc::new(Objects::of([
-        object("ServiceAccount", Some("a"), "robot", json!({})),
-        object("Pod", Some("a"), "pod", json!({ "serviceAccountName": "robot", "nodeName": "n1" })),
-        object("Pod", Some("a"), "other", json!({ "serviceAccountName": "default" })),
-        object("Secret", Some("a"), "secret", json!({})),
-        object("Node", None, "n1", json!({})),
+        object("ServiceAccount", Some("a"), "robot", &json!({})),
+        object(
+            "Pod",
+            Some("a"),
+            "pod",
+            &json!({ "serviceAccountName": "robot", "nodeName": "n1" }),
+        ),
+        object("Pod", Some("a"), "other", &json!({ "serviceAccountName": "default" })),
+        object("Secret", Some("a"), "secret", &json!({})),
+        object("Node", None, "n1", &json!({})),
     ]))
 }
 
@@ -39,7 +44,7 @@ fn now() -> Timestamp {
     "2030-01-01T00:00:00Z".parse().unwrap()
 }
 
-fn request(issuer: &TokenIssuer, spec: Value) -> Result<Value, crate::admission::Refusal> {
+fn request(issuer: &TokenIssuer, spec: &Value) -> Result<Value, crate::admission::Refusal> {
     token_request(issuer, "a", "robot", &json!({ "spec": spec }), now())
 }
 
@@ -53,7 +58,7 @@ fn a_pods_token_says_who_it_is() {
     let issuer = issuer(&objects);
     let bound = json!({ "apiVersion": "v1", "kind": "Pod", "name": "pod", "uid": "uid-pod" });
     let answer =
-        request(&issuer, json!({ "expirationSeconds": 3607, "boundObjectRef": bound })).unwrap();
+        request(&issuer, &json!({ "expirationSeconds": 3607, "boundObjectRef": bound })).unwrap();
     assert_eq!(answer["kind"], "TokenRequest");
     assert_eq!(answer["status"]["expirationTimestamp"], "2030-01-01T01:00:07Z");
     assert_eq!(answer["spec"]["audiences"], json!([DEFAULT_ISSUER]));
@@ -103,7 +108,7 @@ fn what_ends_a_token() {
         (&node, None, "Node", "n1"),
         (&pod, Some("a"), "ServiceAccount", "robot"),
     ] {
-        let live = object(kind, namespace, name, json!({}));
+        let live = object(kind, namespace, name, &json!({}));
         let mut again = live.clone();
         again["metadata"]["uid"] = json!("another");
         for (change, replacement) in
@@ -111,7 +116,7 @@ fn what_ends_a_token() {
         {
             let objects = cluster();
             let issuer = issuer(&objects);
-            let token = token(&request(&issuer, json!({ "boundObjectRef": bound })).unwrap());
+            let token = token(&request(&issuer, &json!({ "boundObjectRef": bound })).unwrap());
             issuer.verify(&token, issuer.audiences(), now()).unwrap();
             objects.remove(&live);
             if let Some(replacement) = replacement {
@@ -127,14 +132,14 @@ fn what_ends_a_token() {
 fn time_audience_and_signature() {
     let objects = cluster();
     let issuer = issuer(&objects);
-    let token = token(&request(&issuer, json!({ "expirationSeconds": 600 })).unwrap());
+    let token = token(&request(&issuer, &json!({ "expirationSeconds": 600 })).unwrap());
     let verify = |token: &str, at| issuer.verify(token, issuer.audiences(), at);
     verify(&token, now() + 599.seconds()).unwrap();
     assert!(matches!(verify(&token, now() + 600.seconds()), Err(TokenError::Time { .. })));
     assert!(matches!(verify(&token, now() - 1.seconds()), Err(TokenError::Time { .. })));
     let elsewhere = ["vault".to_owned()];
     assert!(matches!(issuer.verify(&token, &elsewhere, now()), Err(TokenError::Audience { .. })));
-    let vault = self::token(&request(&issuer, json!({ "audiences": ["vault", "x"] })).unwrap());
+    let vault = self::token(&request(&issuer, &json!({ "audiences": ["vault", "x"] })).unwrap());
     assert!(matches!(verify(&vault, now()), Err(TokenError::Audience { .. })));
     assert_eq!(issuer.verify(&vault, &elsewhere, now()).unwrap().audiences, elsewhere);
 
@@ -184,7 +189,7 @@ fn bad_requests() {
         (bound("Pod", "other", ""), 400, "different serviceaccount name"),
         (bound("ConfigMap", "x", ""), 400, "cannot bind token to object of type"),
     ] {
-        let refusal = request(&issuer, spec).unwrap_err();
+        let refusal = request(&issuer, &spec).unwrap_err();
         assert_eq!(refusal.code, code, "{refusal:?}");
         assert!(refusal.message.contains(message), "{refusal:?}");
     }
@@ -198,7 +203,7 @@ fn bad_requests() {
 fn others_can_verify_by_the_key_set() {
     use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, UnparsedPublicKey};
     let issuer = issuer(&cluster());
-    let token = token(&request(&issuer, json!({})).unwrap());
+    let token = token(&request(&issuer, &json!({})).unwrap());
     let keys = issuer.key_set();
     let key = &keys["keys"][0];
     let (signed, signature) = token.rsplit_once('.').unwrap();
@@ -240,4 +245,13 @@ fn memory_is_bounded() {
     }
     let remembered = issuer.remembered.lock().unwrap();
     assert!(remembered.iter().all(|generation| generation.len() <= REMEMBERED));
+}
+
+proptest::proptest! {
+    /// Whatever a client sends as its token, it is refused and nothing else happens.
+    #[test]
+    fn arbitrary_tokens_are_refused(token in "[A-Za-z0-9_.=+/-]{0,200}|\\PC{0,80}") {
+        let issuer = issuer(&Arc::new(Objects::default()));
+        proptest::prop_assert!(issuer.verify(&token, issuer.audiences(), now()).is_err());
+    }
 }
