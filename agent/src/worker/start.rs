@@ -1,0 +1,318 @@
+//! Starting one container: image, configuration, creation, start, postStart.
+
+use std::{
+    fs, io,
+    net::IpAddr,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+use keelson_api::events::EventType;
+use keelson_runtime_shim::runtime::{ContainerConfig, ContainerId, Mount, SandboxStatus};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{Context, Note, hooks, subpath, view};
+use crate::{
+    container_config::{self, ContainerParts, files, hostname, mounts},
+    environment::PodAddresses,
+    images,
+    volumes::MountedVolumes,
+};
+
+/// Why a container was not started, in the words of its waiting state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct StartError {
+    /// `ErrImagePull`, `CreateContainerConfigError`, …
+    pub(crate) reason: &'static str,
+    /// What a person should know.
+    pub(crate) message: String,
+}
+
+/// What is to be started, and where.
+pub(crate) struct Start {
+    /// The agent's parts.
+    pub(crate) context: Arc<Context>,
+    /// The pod.
+    pub(crate) pod: Arc<Pod>,
+    /// The container's name.
+    pub(crate) name: String,
+    /// Its restart count.
+    pub(crate) attempt: u32,
+    /// Its sandbox.
+    pub(crate) sandbox: SandboxStatus,
+    /// The wait kept for the restart after this one.
+    pub(crate) back_off: Option<Duration>,
+    /// The pod's volumes.
+    pub(crate) volumes: MountedVolumes,
+    /// Told when the process runs and the hook is next.
+    pub(crate) notes: mpsc::Sender<Note>,
+    /// The pod must stop: what can be given up is.
+    pub(crate) cancel: CancellationToken,
+}
+
+impl Start {
+    /// Starts the container. `Ok` also if the pod was stopped meanwhile.
+    pub(crate) async fn run(self) -> Result<(), StartError> {
+        let pod = Arc::clone(&self.pod);
+        let Some((role, container)) = view::container(&pod, &self.name) else { return Ok(()) };
+        let kind = match role {
+            view::Role::Init | view::Role::Sidecar => "init_container",
+            view::Role::Main => "container",
+        };
+        let result = self.steps(container).await;
+        self.context
+            .metrics
+            .container_started(kind, result.as_ref().map(|()| ()).map_err(|error| error.reason));
+        result
+    }
+
+    async fn steps(&self, container: &Container) -> Result<(), StartError> {
+        let image = tokio::select! {
+            () = self.cancel.cancelled() => return Ok(()),
+            image = images::ensure(&self.context, &self.pod, container) => image?,
+        };
+        let config = self.configuration(container, &image).await.inspect_err(|error| {
+            self.event(
+                container,
+                EventType::Warning,
+                "Failed",
+                format!("Error: {}", error.message),
+            );
+        })?;
+        if self.cancel.is_cancelled() {
+            return Ok(());
+        }
+        let id = self.create_and_start(container, &config).await?;
+        let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.as_ref());
+        let Some(hook) = hook else { return Ok(()) };
+        let _ = self.notes.send(Note::PostStart { container: container.name.clone() }).await;
+        let runtime = &*self.context.runtime;
+        let ended = tokio::select! {
+            () = self.cancel.cancelled() => return Ok(()),
+            ended = hooks::run(runtime, &id, container, hook, self.address()) => ended,
+        };
+        let Err(message) = ended else { return Ok(()) };
+        self.event(
+            container,
+            EventType::Warning,
+            "FailedPostStartHook",
+            "PostStartHook failed".to_owned(),
+        );
+        tracing::warn!(pod = view::format_pod(&self.pod), message, "postStart failed");
+        self.event(container, EventType::Normal, "Killing", "FailedPostStartHook".to_owned());
+        let grace = view::spec(&self.pod).termination_grace_period_seconds.unwrap_or(30);
+        let grace = Duration::from_secs(u64::try_from(grace).unwrap_or(0));
+        if let Err(error) =
+            self.context.timed("stop_container", runtime.stop_container(&id, grace)).await
+        {
+            tracing::warn!(container = %id, %error, "container whose postStart failed not stopped");
+        }
+        Err(StartError { reason: "PostStartHookError", message })
+    }
+
+    fn event(&self, container: &Container, kind: EventType, reason: &str, message: String) {
+        self.context.container_event(&self.pod, &container.name, kind, reason, message);
+    }
+
+    fn host_network(&self) -> bool {
+        view::spec(&self.pod).host_network == Some(true)
+    }
+
+    fn pod_ips(&self) -> Vec<IpAddr> {
+        if self.host_network() {
+            self.context.config.node_ips.clone()
+        } else {
+            self.sandbox.ips.clone()
+        }
+    }
+
+    fn address(&self) -> Option<IpAddr> {
+        self.pod_ips().first().copied()
+    }
+
+    async fn create_and_start(
+        &self,
+        container: &Container,
+        config: &ContainerConfig,
+    ) -> Result<ContainerId, StartError> {
+        let runtime = &self.context.runtime;
+        let created = self
+            .context
+            .timed("create_container", runtime.create_container(&self.sandbox.id, config));
+        let id = created.await.map_err(|error| {
+            self.event(container, EventType::Warning, "Failed", format!("Error: {error}"));
+            StartError { reason: "CreateContainerError", message: error.to_string() }
+        })?;
+        self.event(container, EventType::Normal, "Created", "Container created".to_owned());
+        if let Err(error) =
+            self.context.timed("start_container", runtime.start_container(&id)).await
+        {
+            self.event(container, EventType::Warning, "Failed", format!("Error: {error}"));
+            return Err(StartError { reason: "RunContainerError", message: error.to_string() });
+        }
+        self.event(container, EventType::Normal, "Started", "Container started".to_owned());
+        self.link_log(container, &id, config).await;
+        Ok(id)
+    }
+
+    async fn configuration(
+        &self,
+        container: &Container,
+        image: &images::Ready,
+    ) -> Result<ContainerConfig, StartError> {
+        let refused =
+            |message: String| StartError { reason: "CreateContainerConfigError", message };
+        let addresses = PodAddresses {
+            host_ips: self.context.config.node_ips.clone(),
+            pod_ips: self.pod_ips(),
+        };
+        let env = self
+            .context
+            .environment
+            .resolve(&self.pod, container, &addresses)
+            .await
+            .map_err(|error| refused(error.to_string()))?;
+        let planned = mounts::volume_mounts(&self.pod, container, &self.volumes, &env)
+            .map_err(|error| refused(error.to_string()))?;
+        let own_files = OwnFiles {
+            pod_folder: self.pod_folder(),
+            container: container.name.clone(),
+            hosts: self.hosts_text(&addresses.pod_ips),
+            host_network: self.host_network(),
+            attempt: self.attempt,
+            planned,
+        };
+        let written = tokio::task::spawn_blocking(move || own_files.write())
+            .await
+            .map_err(|error| refused(error.to_string()))?
+            .map_err(|error| refused(error.to_string()))?;
+        container_config::container_config(ContainerParts {
+            config: &self.context.config,
+            pod: &self.pod,
+            container,
+            attempt: self.attempt,
+            image_ref: &image.reference,
+            image: &image.image,
+            env,
+            volume_mounts: written.mounts,
+            hosts_file: Some(written.hosts),
+            termination_file: Some(written.termination),
+            back_off: self.back_off,
+            memory_capacity: self.context.memory_capacity,
+        })
+        .map_err(|error| refused(error.to_string()))
+    }
+
+    fn pod_folder(&self) -> PathBuf {
+        let uid = self.pod.metadata.uid.as_deref().unwrap_or_default();
+        self.context.config.root_dir.join("pods").join(uid)
+    }
+
+    /// The text of `/etc/hosts`; with `hostNetwork` what follows the node's own.
+    fn hosts_text(&self, ips: &[IpAddr]) -> Box<dyn FnOnce(&str) -> String + Send> {
+        let names = hostname::pod_names(&self.pod, &self.context.config.cluster_domain);
+        let (pod, ips) = (Arc::clone(&self.pod), ips.to_vec());
+        Box::new(move |node_hosts| files::hosts(&pod, &ips, &names, node_hosts))
+    }
+
+    /// The link to the container's log for log collectors:
+    /// `/var/log/containers/<pod>_<namespace>_<container>-<id>.log`.
+    async fn link_log(&self, container: &Container, id: &ContainerId, config: &ContainerConfig) {
+        let link =
+            log_link(&self.context.config.container_logs_dir, &self.pod, &container.name, id);
+        let log = self.sandbox.config.log_directory.join(&config.log_path);
+        let made = tokio::task::spawn_blocking(move || {
+            if let Some(folder) = link.parent() {
+                fs::create_dir_all(folder)?;
+            }
+            match symlink(&log, &link) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+                other => other,
+            }
+        });
+        if let Ok(Err(error)) = made.await {
+            tracing::warn!(container = %id, %error, "link to the container's log not made");
+        }
+    }
+}
+
+/// Where the link to a container's log is.
+pub(crate) fn log_link(folder: &Path, pod: &Pod, container: &str, id: &ContainerId) -> PathBuf {
+    let meta = &pod.metadata;
+    folder.join(format!(
+        "{}_{}_{container}-{id}.log",
+        meta.name.as_deref().unwrap_or_default(),
+        meta.namespace.as_deref().unwrap_or_default()
+    ))
+}
+
+/// Files of the agent that a container gets.
+struct OwnFiles {
+    pod_folder: PathBuf,
+    container: String,
+    hosts: Box<dyn FnOnce(&str) -> String + Send>,
+    host_network: bool,
+    attempt: u32,
+    planned: Vec<mounts::PlannedMount>,
+}
+
+struct Written {
+    hosts: PathBuf,
+    termination: PathBuf,
+    mounts: Vec<Mount>,
+}
+
+impl OwnFiles {
+    /// Writes them. Blocks on the file system.
+    fn write(self) -> io::Result<Written> {
+        let folder = self.pod_folder.join("containers").join(&self.container);
+        fs::create_dir_all(&folder)?;
+        fs::set_permissions(&self.pod_folder, fs::Permissions::from_mode(0o750))?;
+        let node_hosts = if self.host_network {
+            fs::read_to_string("/etc/hosts").unwrap_or_default()
+        } else {
+            String::new()
+        };
+        let hosts = self.pod_folder.join("etc-hosts");
+        let text = (self.hosts)(&node_hosts);
+        // written in place: containers that run already have this very file mounted
+        if fs::read_to_string(&hosts).ok().as_ref() != Some(&text) {
+            fs::write(&hosts, text)?;
+            fs::set_permissions(&hosts, fs::Permissions::from_mode(0o644))?;
+        }
+        let termination = folder.join(self.attempt.to_string());
+        fs::write(&termination, "")?;
+        // any user of the container may leave its last words
+        fs::set_permissions(&termination, fs::Permissions::from_mode(0o666))?;
+        let sub_paths = self.pod_folder.join("volume-subpaths").join(&self.container);
+        let mut mounts = Vec::with_capacity(self.planned.len());
+        for (index, planned) in self.planned.into_iter().enumerate() {
+            let mut mount = planned.mount;
+            if let Some(sub_path) = planned.sub_path {
+                let target = sub_paths.join(index.to_string());
+                subpath::bind(&sub_path, &target).map_err(|error| {
+                    io::Error::new(
+                        error.kind(),
+                        format!(
+                            "failed to prepare subPath {:?} for volume mount at {:?} of container \
+                             {:?}: {error}",
+                            sub_path.relative, mount.container_path, self.container
+                        ),
+                    )
+                })?;
+                mount.host_path = target;
+            } else if let Err(error) = fs::symlink_metadata(&mount.host_path) {
+                return Err(io::Error::new(
+                    error.kind(),
+                    format!("volume path {}: {error}", mount.host_path.display()),
+                ));
+            }
+            mounts.push(mount);
+        }
+        Ok(Written { hosts, termination, mounts })
+    }
+}
