@@ -214,7 +214,8 @@ fn workloads() -> Vec<Row> {
             "endpointslices",
             "endpointslice",
             &kinds::endpoints::ENDPOINT_SLICE,
-        ),
+        )
+        .generation(),
         Row::stored("events.k8s.io", "Event", "events", "event", &kinds::event::EVENTS)
             .short(&["ev"]),
         Row::stored(
@@ -261,12 +262,12 @@ fn access() -> Vec<Row> {
             "ClusterRoleBinding",
             "clusterrolebindings",
             "clusterrolebinding",
-            &kinds::rbac::BINDING,
+            &kinds::rbac::CLUSTER_ROLE_BINDING,
         )
         .cluster(),
         Row::stored(rbac, "ClusterRole", "clusterroles", "clusterrole", &kinds::rbac::CLUSTER_ROLE)
             .cluster(),
-        Row::stored(rbac, "RoleBinding", "rolebindings", "rolebinding", &kinds::rbac::BINDING),
+        Row::stored(rbac, "RoleBinding", "rolebindings", "rolebinding", &kinds::rbac::ROLE_BINDING),
         Row::stored(rbac, "Role", "roles", "role", &kinds::rbac::ROLE),
     ]
 }

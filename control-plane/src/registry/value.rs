@@ -35,7 +35,7 @@ pub(crate) fn list<'a>(value: &'a Value, path: &[&str]) -> &'a [Value] {
 pub(crate) fn entries<'a>(
     value: &'a Value,
     path: &[&str],
-) -> impl Iterator<Item = (&'a String, &'a Value)> {
+) -> impl Iterator<Item = (&'a String, &'a Value)> + use<'a> {
     at(value, path).and_then(Value::as_object).into_iter().flatten()
 }
 

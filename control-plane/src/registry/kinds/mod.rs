@@ -10,6 +10,7 @@ pub(super) mod node;
 pub(super) mod pod;
 pub(super) mod priority_class;
 pub(super) mod rbac;
+mod rules;
 pub(super) mod service;
 pub(super) mod service_account;
 pub(super) mod workload;

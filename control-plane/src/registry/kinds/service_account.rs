@@ -1,4 +1,7 @@
+//! Service accounts.
+
 use crate::registry::Strategy;
 
-/// The kind's rules.
-pub(crate) static SERVICE_ACCOUNT: Strategy = Strategy::PLAIN;
+/// Service accounts: nothing of their own.
+pub(in crate::registry) static SERVICE_ACCOUNT: Strategy =
+    Strategy { columns: &crate::table::SERVICE_ACCOUNT, ..Strategy::PLAIN };
