@@ -5,13 +5,13 @@
 //!
 //! | plugin | what it does |
 //! |---|---|
-//! | [`NamespaceLifecycle`](namespace_lifecycle) | nothing new in namespaces that are missing or end |
-//! | [`ServiceAccount`](service_account) | pods run as a service account and get its token |
-//! | [`NodeRestriction`](node_restriction) | kubelets change what is theirs alone |
-//! | [`TaintNodesByCondition`](taint_nodes) | new nodes get no pods before they are ready |
-//! | [`Priority`](priority) | priority classes become numbers |
-//! | [`DefaultTolerationSeconds`](default_tolerations) | pods stay five minutes on a node that fails |
-//! | [`RbacEscalation`](rbac_escalation) | nobody grants what they do not hold (in Kubernetes part of the RBAC storage) |
+//! | `NamespaceLifecycle` (`namespace_lifecycle.rs`) | nothing new in namespaces that are missing or end |
+//! | `ServiceAccount` (`service_account.rs`) | pods run as a service account and get its token |
+//! | `NodeRestriction` (`node_restriction.rs`) | kubelets change what is theirs alone |
+//! | `TaintNodesByCondition` (`taint_nodes.rs`) | new nodes get no pods before they are ready |
+//! | `Priority` (`priority.rs`) | priority classes become numbers |
+//! | `DefaultTolerationSeconds` (`default_tolerations.rs`) | pods stay five minutes on a node that fails |
+//! | `RbacEscalation` (`rbac_escalation.rs`) | nobody grants what they do not hold (in Kubernetes part of the RBAC storage) |
 //!
 //! Not there: PodSecurity, LimitRanger, ResourceQuota, webhooks and policies.
 //!

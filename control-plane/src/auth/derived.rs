@@ -14,6 +14,20 @@ enum Stamp {
     Objects(Vec<Arc<Value>>),
 }
 
+impl Stamp {
+    /// Whether the objects are still those of this stamp.
+    fn holds(&self, version: Option<u64>, objects: Option<&[Arc<Value>]>) -> bool {
+        match (self, objects) {
+            (Self::Version(known), _) => version == Some(*known),
+            (Self::Objects(known), Some(objects)) => {
+                known.len() == objects.len()
+                    && known.iter().zip(objects).all(|(a, b)| Arc::ptr_eq(a, b))
+            }
+            (Self::Objects(_), None) => false,
+        }
+    }
+}
+
 /// A value computed from all objects of one resource.
 pub(crate) struct Derived<T> {
     group: &'static str,
@@ -37,23 +51,18 @@ impl<T> Derived<T> {
         let version = lookup.version(self.group, self.plural);
         let list = || lookup.list(self.group, self.plural, None);
         let listed = if version.is_some() { None } else { Some(list()) };
-        {
-            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-            if let Some((stamp, value)) = &*state {
-                let current = match (stamp, &listed) {
-                    (Stamp::Version(known), _) => version == Some(*known),
-                    (Stamp::Objects(known), Some(objects)) => {
-                        known.len() == objects.len()
-                            && known.iter().zip(objects).all(|(a, b)| Arc::ptr_eq(a, b))
-                    }
-                    (Stamp::Objects(_), None) => false,
-                };
-                if current {
-                    return Arc::clone(value);
-                }
-            }
+        let current = |state: &Option<(Stamp, Arc<T>)>| {
+            let (stamp, value) = state.as_ref()?;
+            stamp.holds(version, listed.as_deref()).then(|| Arc::clone(value))
+        };
+        if let Some(value) = current(&self.state.read().unwrap_or_else(PoisonError::into_inner)) {
+            return value;
         }
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        // Whoever had the lock before may have done it.
+        if let Some(value) = current(&state) {
+            return value;
+        }
         let objects = listed.unwrap_or_else(list);
         let value = Arc::new(compute(&objects, state.as_ref().map(|(_, value)| &**value)));
         let stamp = version.map_or(Stamp::Objects(objects), Stamp::Version);

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! * [`x509`], [`tokens`]: the two kinds of credentials.
-//! * [`rbac`], [`node`]: the two authorizers. Both decide from memory, by indexes ([`derived`]) that
+//! * [`rbac`], [`node`]: the two authorizers. Both decide from memory, by indexes (`derived.rs`) that
 //!   are made again only when the objects under them changed.
 //! * [`bootstrap`]: the documented default roles and bindings.
 //! * [`reviews`]: the same answers as API objects (`TokenReview`, `SubjectAccessReview`, …);

@@ -14,11 +14,11 @@
 //!
 //! The files lie in one folder under the names that kubeadm gives them, so tools and habits apply.
 //!
-//! * [`plan`]: which certificates there should be, and whether one has to be issued again (pure).
-//! * [`observe`]: reads what is in the folder.
-//! * [`apply`]: makes keys and certificates, and writes each file in one step.
+//! * `plan.rs`: which certificates there should be, and whether one has to be issued again (pure).
+//! * `observe.rs`: reads what is in the folder.
+//! * `apply.rs`: makes keys and certificates, and writes each file in one step.
 //! * [`tls`]: rustls configurations that follow a renewal without a restart.
-//! * [`kubeconfig`]: the file that kubectl takes.
+//! * [`mod@kubeconfig`]: the file that kubectl takes.
 //!
 //! What is never done: a certificate authority that exists is not replaced and not written to, not
 //! even when it is broken or has run out. Whoever trusts it must hear of that from the error.

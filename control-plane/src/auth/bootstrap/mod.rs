@@ -1,6 +1,6 @@
 //! The default roles and bindings that Kubernetes documents ("Using RBAC Authorization").
 //!
-//! They are tables of [`Grant`]s: [`users`] for people and components, [`controllers`] for the
+//! They are tables of `Grant`s: `users.rs` for people and components, `controllers.rs` for the
 //! controllers, each of which is a service account of `kube-system`. [`default_rbac`] makes objects
 //! of them, and [`reconcile`] says how one that exists is to be brought up to date.
 

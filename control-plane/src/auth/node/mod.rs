@@ -7,7 +7,7 @@
 //! A kubelet reads an object of the right-hand side only if a pod of its node refers to it, reads its
 //! own Node, CSINode and Lease only, and gets tokens only of service accounts that its pods run as.
 //! What every kubelet may do regardless of which node it is, stands in a table of rules
-//! ([`rules`]). What it may *write* into its objects is the NodeRestriction admission plugin's
+//! (`rules.rs`). What it may *write* into its objects is the NodeRestriction admission plugin's
 //! concern.
 
 mod graph;

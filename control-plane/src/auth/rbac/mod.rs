@@ -8,8 +8,8 @@
 //! A ClusterRoleBinding grants its rules everywhere, a RoleBinding those of its namespace. There are
 //! no rules that deny.
 //!
-//! * [`rule`]: one rule, and what it matches.
-//! * [`index`]: who is bound to what.
+//! * `rule.rs`: one rule, and what it matches.
+//! * `index.rs`: who is bound to what.
 
 pub(crate) mod index;
 pub(crate) mod rule;

@@ -5,10 +5,10 @@
 //! out *and* all that it names still exists under that UID, so that the token of a deleted pod is
 //! worth nothing at once.
 //!
-//! * [`jwt`]: the signature alone (ES256), and what the token says.
-//! * [`verify`]: whether what it says is still so.
-//! * [`request`]: the `token` subresource of service accounts.
-//! * [`discovery`]: the documents by which others can verify tokens.
+//! * `jwt.rs`: the signature alone (ES256), and what the token says.
+//! * `verify.rs`: whether what it says is still so.
+//! * `request.rs`: the `token` subresource of service accounts.
+//! * `discovery.rs`: the documents by which others can verify tokens.
 
 pub(crate) mod discovery;
 pub(crate) mod jwt;
