@@ -34,6 +34,8 @@ mod podgc;
 mod pods;
 pub(crate) mod queue;
 mod replicaset;
+#[cfg(test)]
+mod tests;
 
 use std::{future::Future, sync::Arc, time::Duration};
 

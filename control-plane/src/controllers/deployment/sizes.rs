@@ -51,7 +51,7 @@ pub(crate) fn bounds(deployment: &Deployment) -> (i32, i32) {
     let unavailable = rolling.and_then(|r| r.max_unavailable.as_ref()).unwrap_or(&quarter);
     let surge = resolve(surge, wanted, true);
     match resolve(unavailable, wanted, false) {
-        0 if surge == 0 => (0, 1.min(wanted.max(1))),
+        0 if surge == 0 => (0, wanted.min(1)),
         unavailable => (surge, unavailable.min(wanted)),
     }
 }

@@ -70,7 +70,7 @@ pub(crate) fn groups(service: &Service, selected: &[Arc<Pod>], zones: &Zones) ->
             match groups.iter_mut().find(|g| g.family == family && g.ports == ports) {
                 Some(group) => group.endpoints.push(endpoint),
                 None => {
-                    groups.push(Group { family: family.clone(), ports, endpoints: vec![endpoint] })
+                    groups.push(Group { family: family.clone(), ports, endpoints: vec![endpoint] });
                 }
             }
         }

@@ -48,7 +48,7 @@ pub(crate) fn plan(
 ) -> Plan {
     let groups = members::groups(service, selected, zones);
     let labels = labels(service);
-    let mut work: Vec<Draft> = existing.iter().map(|slice| Draft::of(slice)).collect();
+    let mut work: Vec<Draft> = existing.iter().map(Draft::of).collect();
     for family in members::families(service) {
         for group in groups.iter().filter(|group| group.family == family) {
             fill(&mut work, group, service);
