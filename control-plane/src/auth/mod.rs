@@ -12,8 +12,7 @@
 //! * [`rbac`], [`node`]: the two authorizers. Both decide from memory, by indexes (`derived.rs`) that
 //!   are made again only when the objects under them changed.
 //! * [`bootstrap`]: the documented default roles and bindings.
-//! * [`reviews`]: the same answers as API objects (`TokenReview`, `SubjectAccessReview`, …);
-//!   [`Answers`] is all of them for the server to call.
+//! * [`reviews`]: the same answers as API objects (`TokenReview`, `SubjectAccessReview`, …).
 //!
 //! Nothing here does I/O or waits. A refusal says what Kubernetes says, and no more than that to who
 //! is not authenticated.
@@ -21,7 +20,6 @@
 //! [authenticators]: authenticators()
 //! [authorizers]: authorizers()
 
-pub(crate) mod answers;
 pub(crate) mod authenticators;
 pub(crate) mod authorizers;
 pub mod bootstrap;
@@ -40,7 +38,6 @@ pub(crate) mod fixture;
 #[cfg(test)]
 mod tests;
 
-pub use answers::Answers;
 pub use authenticators::{Anonymous, Authenticators, authenticators};
 pub use authorizers::{Authorizers, authorizers};
 

@@ -2,7 +2,8 @@
 //!
 //! They are tables of `Grant`s: `users.rs` for people and components, `controllers.rs` for the
 //! controllers, each of which is a service account of `kube-system`. [`default_rbac`] makes objects
-//! of them, and [`reconcile`] says how one that exists is to be brought up to date.
+//! of them; the API server puts those into the store, and adds at each start what they lack, unless
+//! their annotation `rbac.authorization.kubernetes.io/autoupdate` says otherwise.
 
 mod controllers;
 mod users;
@@ -12,10 +13,7 @@ mod tests;
 
 use serde_json::{Value, json};
 
-use super::{
-    fields::{list, name, text},
-    rbac::{GROUP, Rule},
-};
+use super::rbac::{GROUP, Rule};
 
 /// One rule of a table. Several words are separated by spaces; the core group is written `core`.
 #[derive(Clone, Copy, Debug)]
@@ -205,70 +203,4 @@ fn aggregated() -> Vec<Value> {
         objects.push(whole);
     }
     objects
-}
-
-/// What to store so that a default object is as it should be: `wanted` itself if there is none yet,
-/// `existing` with the rules or subjects that it lacks, or `None` if nothing is to be done. What an
-/// administrator added stays; who set the autoupdate annotation to `false` keeps all as it is.
-#[must_use]
-pub fn reconcile(existing: Option<&Value>, wanted: &Value) -> Option<Value> {
-    let Some(existing) = existing else { return Some(wanted.clone()) };
-    let annotation = ["metadata", "annotations", "rbac.authorization.kubernetes.io/autoupdate"];
-    if text(existing, &annotation) == "false" {
-        return None;
-    }
-    let mut merged = existing.clone();
-    if wanted.get("roleRef").is_some() {
-        let missing: Vec<_> = list(wanted, &["subjects"])
-            .iter()
-            .filter(|subject| !list(existing, &["subjects"]).iter().any(|s| same(s, subject)))
-            .cloned()
-            .collect();
-        if missing.is_empty() {
-            return None;
-        }
-        let all = [list(existing, &["subjects"]), &missing].concat();
-        merged["subjects"] = json!(all);
-        return Some(merged);
-    }
-    let held = super::rbac::rules_in(existing);
-    let missing: Vec<_> = list(wanted, &["rules"])
-        .iter()
-        .filter(|rule| {
-            Rule::from_value(rule)
-                .break_down()
-                .iter()
-                .any(|part| !held.iter().any(|held| held.covers(part)))
-        })
-        .cloned()
-        .collect();
-    if missing.is_empty() {
-        return None;
-    }
-    merged["rules"] = json!([list(existing, &["rules"]), &missing].concat());
-    Some(merged)
-}
-
-fn same(a: &Value, b: &Value) -> bool {
-    let of = |s: &Value| {
-        (
-            text(s, &["kind"]).to_owned(),
-            text(s, &["name"]).to_owned(),
-            text(s, &["namespace"]).to_owned(),
-        )
-    };
-    of(a) == of(b)
-}
-
-/// The API path of an object of [`default_rbac`]: its plural, namespace and name.
-#[must_use]
-pub fn place(object: &Value) -> (&'static str, Option<&str>, &str) {
-    let plural = match text(object, &["kind"]) {
-        "ClusterRole" => "clusterroles",
-        "ClusterRoleBinding" => "clusterrolebindings",
-        "Role" => "roles",
-        _ => "rolebindings",
-    };
-    let namespace = super::fields::namespace(object);
-    (plural, (!namespace.is_empty()).then_some(namespace), name(object))
 }
