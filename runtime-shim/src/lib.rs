@@ -18,7 +18,12 @@
 //!
 //! The crate knows nothing of the agent, and of Kubernetes only what `keelson-api` says.
 
+mod cgroup;
+pub mod embedded;
 pub mod images;
+pub mod network;
 pub mod runtime;
+mod spec;
 
+pub use embedded::{EmbeddedConfig, EmbeddedRuntime};
 pub use runtime::PodRuntime;

@@ -59,8 +59,13 @@ impl ImageStore {
         for _ in 0..ATTEMPTS {
             let options = &self.inner.options;
             let budget = Arc::new(Budget::new(options.max_image_bytes, options.max_image_entries));
-            stream::iter(diff_ids.iter().enumerate())
-                .map(|(at, diff_id)| self.layer(subject, diff_id, &budget, move || fetch(at)))
+            // Owned, not borrowed: else the future is not `Send` for all lifetimes, and no trait
+            // object's method can await it.
+            stream::iter(diff_ids.clone().into_iter().enumerate())
+                .map(|(at, diff_id)| {
+                    let budget = &budget;
+                    async move { self.layer(subject, &diff_id, budget, move || fetch(at)).await }
+                })
                 .buffer_unordered(options.concurrent_downloads.max(1))
                 .try_collect::<()>()
                 .await?;
