@@ -100,13 +100,7 @@ pub async fn run(
         forwarder: Arc::new(Forwarder::new(config.resolv_conf, own)),
         metrics,
     };
-    let mut server = Server::new(responder);
-    for address in config.listen {
-        let failed = |protocol| move |source| DnsError::Listen { address, protocol, source };
-        server.register_socket(UdpSocket::bind(address).await.map_err(failed("udp"))?);
-        let listener = TcpListener::bind(address).await.map_err(failed("tcp"))?;
-        server.register_listener(listener, IDLE, ANSWERS_WAITING);
-    }
+    let (mut server, _) = listen(responder, &config.listen).await?;
     follow(&informers, &zone);
     if informers.namespaces.synced(&shutdown).await
         && informers.services.synced(&shutdown).await
@@ -116,6 +110,26 @@ pub async fn run(
     }
     shutdown.cancelled().await;
     server.shutdown_gracefully().await.map_err(|error| DnsError::Server(error.to_string()))
+}
+
+/// Binds all addresses; returns which they became.
+async fn listen(
+    responder: Responder,
+    addresses: &[SocketAddr],
+) -> Result<(Server<Responder>, Vec<SocketAddr>), DnsError> {
+    let mut server = Server::new(responder);
+    let mut bound = Vec::new();
+    for address in addresses {
+        let failed =
+            |protocol| move |source| DnsError::Listen { address: *address, protocol, source };
+        let socket = UdpSocket::bind(address).await.map_err(failed("udp"))?;
+        let address = socket.local_addr().map_err(failed("udp"))?;
+        let listener = TcpListener::bind(address).await.map_err(failed("tcp"))?;
+        server.register_socket(socket);
+        server.register_listener(listener, IDLE, ANSWERS_WAITING);
+        bound.push(address);
+    }
+    Ok((server, bound))
 }
 
 fn follow(informers: &Informers, zone: &Arc<RwLock<Zone>>) {
@@ -134,4 +148,96 @@ fn follow(informers: &Informers, zone: &Arc<RwLock<Zone>>) {
         let mut zone = kept.write().unwrap_or_else(PoisonError::into_inner);
         zone.set_slice(&change.key(), change.after.as_deref());
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::{
+        op::{Message, MessageType, OpCode, Query, ResponseCode},
+        rr::{Name, RecordType},
+    };
+    use keelson_api::object::ObjectKey;
+    use serde_json::json;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+    };
+
+    use super::*;
+
+    fn responder(endpoints: usize) -> Responder {
+        let mut zone = Zone::new("cluster.local");
+        zone.set_namespace("d", true);
+        let service = serde_json::from_value(json!({
+            "metadata": {"name": "db", "namespace": "d"}, "spec": {"clusterIP": "None"}}));
+        zone.set_service(&ObjectKey::new("d", "db"), Some(&service.unwrap()));
+        let endpoints: Vec<_> =
+            (1..=endpoints).map(|i| json!({"addresses": [format!("10.244.0.{i}")]})).collect();
+        let slice = serde_json::from_value(json!({
+            "metadata": {"name": "db-1", "namespace": "d",
+                "labels": {"kubernetes.io/service-name": "db"}},
+            "addressType": "IPv4", "endpoints": endpoints}));
+        zone.set_slice(&ObjectKey::new("d", "db-1"), Some(&slice.unwrap()));
+        Responder {
+            zone: Arc::new(RwLock::new(zone)),
+            complete: Arc::new(AtomicBool::new(true)),
+            forwarder: Arc::new(Forwarder::new("/nonexistent/resolv.conf".into(), Vec::new())),
+            metrics: DnsMetrics::register(&prometheus::Registry::new()).unwrap(),
+        }
+    }
+
+    fn question(name: &str) -> Message {
+        let mut message = Message::new(7, MessageType::Query, OpCode::Query);
+        message.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+        message
+    }
+
+    async fn over_udp(server: SocketAddr, question: &Message) -> Message {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        socket.send_to(&question.to_vec().unwrap(), server).await.unwrap();
+        let mut buffer = vec![0; 4_096];
+        let length = socket.recv(&mut buffer).await.unwrap();
+        Message::from_vec(&buffer[..length]).unwrap()
+    }
+
+    async fn over_tcp(server: SocketAddr, question: &Message) -> Message {
+        let bytes = question.to_vec().unwrap();
+        let mut stream = TcpStream::connect(server).await.unwrap();
+        stream.write_u16(bytes.len().try_into().unwrap()).await.unwrap();
+        stream.write_all(&bytes).await.unwrap();
+        let mut buffer = vec![0; stream.read_u16().await.unwrap().into()];
+        stream.read_exact(&mut buffer).await.unwrap();
+        Message::from_vec(&buffer).unwrap()
+    }
+
+    #[tokio::test]
+    async fn questions_are_answered_over_udp_and_tcp() {
+        let any = "127.0.0.1:0".parse().unwrap();
+        let responder = responder(60);
+        let complete = responder.complete.clone();
+        let (mut server, bound) = listen(responder, &[any]).await.unwrap();
+        let address = bound[0];
+
+        // Too many for a datagram: the client is told to come back over TCP.
+        let many = question("db.d.svc.cluster.local.");
+        let short = over_udp(address, &many).await;
+        assert!(short.metadata.truncation);
+        assert_eq!(short.metadata.id, 7);
+        let full = over_tcp(address, &many).await;
+        assert_eq!(full.answers.len(), 60);
+        assert!(full.metadata.authoritative);
+        assert_eq!(full.answers[0].ttl, 5);
+
+        let none = over_udp(address, &question("x.d.svc.cluster.local.")).await;
+        assert_eq!(none.metadata.response_code, ResponseCode::NXDomain);
+        assert_eq!(none.authorities.len(), 1);
+        // Nobody to ask.
+        let outside = over_udp(address, &question("example.com.")).await;
+        assert_eq!(outside.metadata.response_code, ResponseCode::ServFail);
+        // An incomplete zone does not say that a name is not there.
+        complete.store(false, Ordering::Release);
+        let unsure = over_udp(address, &question("x.d.svc.cluster.local.")).await;
+        assert_eq!(unsure.metadata.response_code, ResponseCode::ServFail);
+        server.shutdown_gracefully().await.unwrap();
+    }
 }

@@ -158,9 +158,8 @@ impl Scheduler {
                         node_of(before).is_none() || labels(before) != labels(pod)
                     });
                     state.cluster.place(PodFacts::of(pod.clone()), &node);
-                    // Only pods that want to be near to others can be helped by a new one.
                     if moved {
-                        state.pending.retry_all(now);
+                        state.pending.retry_where(now, cares_for_others);
                     }
                 }
                 None if is_ours(pod) => state.pending.set(pod.clone(), now),
@@ -292,6 +291,14 @@ fn node_of(pod: &Pod) -> Option<&str> {
 fn is_over(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
     matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+/// Whether where other pods are can let a pod in: it wants to be near to some, or spread evenly.
+fn cares_for_others(pod: &Pod) -> bool {
+    pod.spec.as_ref().is_some_and(|spec| {
+        spec.affinity.as_ref().is_some_and(|affinity| affinity.pod_affinity.is_some())
+            || spec.topology_spread_constraints.as_ref().is_some_and(|rules| !rules.is_empty())
+    })
 }
 
 /// Whether a pod without a node is for this scheduler to place.

@@ -165,11 +165,18 @@ impl Pending {
 
     /// Something changed that may help pods that could not be placed.
     pub(crate) fn retry_all(&mut self, now: Instant) {
+        self.retry_where(now, |_| true);
+    }
+
+    /// The same, but it can help only some pods.
+    pub(crate) fn retry_where(&mut self, now: Instant, may_help: impl Fn(&Pod) -> bool) {
         self.moves += 1;
         let waiting: Vec<ObjectKey> = self
             .entries
             .iter()
-            .filter(|(_, entry)| matches!(entry.place, Place::Unschedulable { .. }))
+            .filter(|(_, entry)| {
+                matches!(entry.place, Place::Unschedulable { .. }) && may_help(&entry.pod)
+            })
             .map(|(key, _)| key.clone())
             .collect();
         for key in waiting {

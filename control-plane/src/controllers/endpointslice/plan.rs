@@ -59,7 +59,9 @@ pub(crate) fn plan(
             match work.iter_mut().find(|d| d.slice.address_type == family) {
                 Some(draft) => {
                     draft.keep = true;
-                    draft.slice.endpoints = Some(Vec::new());
+                    if !draft.endpoints().is_empty() {
+                        draft.slice.endpoints = Some(Vec::new());
+                    }
                 }
                 None => work.push(Draft::new(service, &family)),
             }
@@ -136,7 +138,10 @@ fn fill(work: &mut Vec<Draft>, group: &Group, service: &Service) {
         if draft.keep || draft.slice.address_type != group.family || !same_ports {
             continue;
         }
-        let before = draft.slice.endpoints.take().unwrap_or_default();
+        let Some(before) = draft.slice.endpoints.take() else {
+            own.push(i);
+            continue;
+        };
         let kept: Vec<Endpoint> =
             before.iter().filter_map(|old| missing.remove(&identity(old)).cloned()).collect();
         draft.keep = !kept.is_empty();

@@ -160,7 +160,8 @@ impl Controller {
             after.spec.get_or_insert_default().taints = (!taints.is_empty()).then_some(taints);
             change::write(&nodes, &current, &after, Part::Main).await?;
         }
-        if health::readiness(&current) != "True" && health::condition(&current, "Ready").is_some() {
+        // A node that says itself that it is not ready still says of its pods what is true.
+        if health::condition(&current, "Ready").is_some_and(|c| c.status == "Unknown") {
             self.mark_pods(key).await?;
         }
         Ok(())
