@@ -101,6 +101,8 @@ pub struct AgentParts {
     pub events: EventRecorder,
     /// Where metrics are registered.
     pub registry: Registry,
+    /// Where the metrics of probes are registered, which are served at `/metrics/probes`.
+    pub probe_registry: Registry,
     /// Its end. Pods run on.
     pub shutdown: CancellationToken,
 }
@@ -117,19 +119,10 @@ impl Agent {
     /// # Errors
     /// When the runtime does not answer or the configuration can't be used.
     pub async fn new(parts: AgentParts) -> Result<Self, AgentError> {
-        let AgentParts {
-            config,
-            client,
-            runtime,
-            volumes,
-            environment,
-            events,
-            registry,
-            shutdown,
-        } = parts;
+        let AgentParts { config, client, runtime, volumes, environment, events, .. } = parts;
         let version = runtime.version().await?;
         let node = NodeInfo::new(&config, &version)?;
-        let metrics = Metrics::new(&registry)?;
+        let metrics = Metrics::new(&parts.registry, &parts.probe_registry)?;
         metrics.set_node(&config.node_name);
         let context = Arc::new(Context {
             pulls: Semaphore::new(config.max_parallel_image_pulls.max(1)),
@@ -143,7 +136,7 @@ impl Agent {
             events,
             metrics,
             directory: PodTable::default(),
-            shutdown,
+            shutdown: parts.shutdown,
         });
         Ok(Self { context, node })
     }

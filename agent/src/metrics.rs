@@ -45,9 +45,10 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    /// Makes the metrics and hands them to `registry`.
-    pub(crate) fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let make = Maker(registry);
+    /// Makes the metrics and hands them to `registry`; those of probes to `probes`, which are
+    /// served at a path of their own.
+    pub(crate) fn new(registry: &Registry, probes: &Registry) -> Result<Self, prometheus::Error> {
+        let (make, make_probes) = (Maker(registry), Maker(probes));
         Ok(Self {
             running_pods: make
                 .gauge("kubelet_running_pods", "Number of pods that have a running pod sandbox")?,
@@ -113,12 +114,12 @@ impl Metrics {
                 &["image_size_in_bytes"],
                 &PULL_BUCKETS,
             )?,
-            probe_total: make.counters(
+            probe_total: make_probes.counters(
                 "prober_probe_total",
                 "Cumulative number of a liveness, readiness or startup probe by result",
                 &["container", "namespace", "pod", "pod_uid", "probe_type", "result"],
             )?,
-            probe_duration: make.histograms(
+            probe_duration: make_probes.histograms(
                 "prober_probe_duration_seconds",
                 "Duration in seconds for a probe response",
                 &["container", "namespace", "pod", "probe_type"],
@@ -160,9 +161,9 @@ impl Metrics {
     }
 
     /// A container's start was tried.
-    pub(crate) fn container_started(&self, kind: &str, result: Result<(), &str>) {
+    pub(crate) fn container_started(&self, kind: &str, failure: Option<&str>) {
         self.started_containers.with_label_values(&[kind]).inc();
-        if let Err(code) = result {
+        if let Some(code) = failure {
             self.started_containers_errors.with_label_values(&[code, kind]).inc();
         }
     }

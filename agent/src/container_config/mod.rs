@@ -4,7 +4,6 @@
 //! results to the runtime.
 
 pub(crate) mod dns;
-pub(crate) mod expand;
 pub(crate) mod files;
 pub(crate) mod hostname;
 pub(crate) mod mounts;
@@ -17,7 +16,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use k8s_openapi::api::core::v1::{Container, Pod};
 use keelson_runtime_shim::runtime::{ContainerConfig, Image, Mount};
 
-use crate::{config::AgentConfig, labels, worker::view};
+use crate::{config::AgentConfig, environment, labels, worker::view};
 
 /// Why a container can't be made from its specification: the message of
 /// `CreateContainerConfigError`.
@@ -57,10 +56,8 @@ pub(crate) struct ContainerParts<'a> {
 pub(crate) fn container_config(parts: ContainerParts<'_>) -> Result<ContainerConfig, ConfigError> {
     let ContainerParts { config, pod, container, .. } = parts;
     let security = security::container_security(config, pod, container, parts.image)?;
-    let variables: BTreeMap<&str, &str> =
-        parts.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-    let expanded = |list: &Option<Vec<String>>| -> Vec<String> {
-        list.iter().flatten().map(|text| expand::expand(text, &variables)).collect()
+    let expanded = |list: &Option<Vec<String>>| {
+        environment::expand_all(list.as_deref().unwrap_or_default(), &parts.env)
     };
     let mut mounts = parts.volume_mounts;
     let taken =

@@ -1,15 +1,16 @@
 //! A container's mounts from its `volumeMounts`.
 
-use std::{
-    collections::BTreeMap,
-    path::{Component, Path, PathBuf},
-};
+use std::path::{Component, Path, PathBuf};
 
 use k8s_openapi::api::core::v1::{Container, Pod, VolumeMount};
 use keelson_runtime_shim::runtime::{Mount, MountPropagation};
 
-use super::{ConfigError, expand};
-use crate::{volumes::MountedVolumes, worker::view};
+use super::ConfigError;
+use crate::{
+    environment,
+    volumes::{self, MountedVolumes},
+    worker::view,
+};
 
 /// A single file of the host in the container.
 pub(crate) fn file(container_path: &str, host_path: PathBuf, readonly: bool) -> Mount {
@@ -22,22 +23,17 @@ pub(crate) fn file(container_path: &str, host_path: PathBuf, readonly: bool) -> 
     }
 }
 
-/// What a mount of a part of a volume needs before it can be used.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SubPath {
-    /// The volume's folder.
-    pub(crate) volume: PathBuf,
-    /// The path below it; only normal components.
-    pub(crate) relative: PathBuf,
-}
-
 /// A mount, and the part of the volume that it is of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PlannedMount {
+    /// The volume's name.
+    pub(crate) volume: String,
+    /// Which of the container's `volumeMounts` it is.
+    pub(crate) index: usize,
     /// The mount; its host path is the whole volume's while `sub_path` is set.
     pub(crate) mount: Mount,
-    /// Set for `subPath` and `subPathExpr`.
-    pub(crate) sub_path: Option<SubPath>,
+    /// Set for `subPath` and `subPathExpr`, expanded.
+    pub(crate) sub_path: Option<String>,
 }
 
 /// The container's volume mounts, outer ones first.
@@ -48,14 +44,14 @@ pub(crate) fn volume_mounts(
     env: &[(String, String)],
 ) -> Result<Vec<PlannedMount>, ConfigError> {
     let mut mounts = Vec::new();
-    for wanted in container.volume_mounts.iter().flatten() {
+    for (index, wanted) in container.volume_mounts.iter().flatten().enumerate() {
         let Some(path) = volumes.paths.get(&wanted.name) else {
             return Err(ConfigError(format!(
                 "cannot find volume {:?} to mount into container {:?}",
                 wanted.name, container.name
             )));
         };
-        mounts.push(planned(pod, container, wanted, path, env)?);
+        mounts.push(planned(pod, container, (index, wanted), path, env)?);
     }
     mounts.sort_by_key(|planned| planned.mount.container_path.components().count());
     Ok(mounts)
@@ -64,7 +60,7 @@ pub(crate) fn volume_mounts(
 fn planned(
     pod: &Pod,
     container: &Container,
-    wanted: &VolumeMount,
+    (index, wanted): (usize, &VolumeMount),
     path: &Path,
     env: &[(String, String)],
 ) -> Result<PlannedMount, ConfigError> {
@@ -76,13 +72,17 @@ fn planned(
             return Err(ConfigError(format!("invalid MountPropagation mode: {other:?}")));
         }
     };
-    let readonly = wanted.read_only == Some(true) || read_only_volume(pod, &wanted.name);
+    let volume = view::spec(pod).volumes.iter().flatten().find(|volume| volume.name == wanted.name);
+    let read_only_volume = volume.is_some_and(volumes::is_read_only);
+    let readonly = wanted.read_only == Some(true) || read_only_volume;
     let container_path = if wanted.mount_path.starts_with('/') {
         PathBuf::from(&wanted.mount_path)
     } else {
         Path::new("/").join(&wanted.mount_path)
     };
     Ok(PlannedMount {
+        volume: wanted.name.clone(),
+        index,
         mount: Mount {
             container_path,
             host_path: path.to_owned(),
@@ -91,57 +91,40 @@ fn planned(
                 && matches!(wanted.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible")),
             propagation,
         },
-        sub_path: sub_path(container, wanted, path, env)?,
+        sub_path: sub_path(container, wanted, env)?,
     })
 }
 
 fn sub_path(
     container: &Container,
     wanted: &VolumeMount,
-    volume: &Path,
     env: &[(String, String)],
-) -> Result<Option<SubPath>, ConfigError> {
+) -> Result<Option<String>, ConfigError> {
+    let place = || format!("volume mount {:?} of container {:?}", wanted.name, container.name);
     let text = match (&wanted.sub_path, &wanted.sub_path_expr) {
         (Some(path), _) if !path.is_empty() => path.clone(),
         (_, Some(expression)) if !expression.is_empty() => {
-            let variables: BTreeMap<&str, &str> =
-                env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-            let text = expand::expand(expression, &variables);
-            if text.contains("$(") {
-                return Err(ConfigError(format!(
-                    "missing value for subPathExpr {expression:?} of volume mount {:?} in \
-                     container {:?}",
-                    wanted.name, container.name
-                )));
-            }
-            text
+            environment::expand_sub_path(expression, env).map_err(|missing| {
+                ConfigError(format!("subPathExpr {expression:?} of {}: {missing}", place()))
+            })?
         }
         _ => return Ok(None),
     };
     let relative = Path::new(&text);
     if relative.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
         return Err(ConfigError(format!(
-            "subPath {text:?} of volume mount {:?} must be relative and must not contain '..'",
-            wanted.name
+            "subPath {text:?} of {} must be relative and must not contain '..'",
+            place()
         )));
     }
-    let relative = relative.components().filter(|part| *part != Component::CurDir).collect();
-    Ok(Some(SubPath { volume: volume.to_owned(), relative }))
-}
-
-/// Volumes that are read-only whatever the mount says: those made from the API's data.
-fn read_only_volume(pod: &Pod, name: &str) -> bool {
-    let volume = view::spec(pod).volumes.iter().flatten().find(|volume| volume.name == name);
-    volume.is_some_and(|volume| {
-        volume.config_map.is_some()
-            || volume.secret.is_some()
-            || volume.downward_api.is_some()
-            || volume.projected.is_some()
-    })
+    let plain: PathBuf = relative.components().filter(|part| *part != Component::CurDir).collect();
+    Ok(Some(plain.to_string_lossy().into_owned()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::worker::fixture;
 
@@ -174,9 +157,9 @@ mod tests {
     #[test]
     fn sub_paths_stay_inside_the_volume() {
         let inside = plan(vec![mount("/a", Some("x/./y"), None)]).unwrap();
-        assert_eq!(inside[0].sub_path.as_ref().unwrap().relative, Path::new("x/y"));
+        assert_eq!(inside[0].sub_path.as_deref(), Some("x/y"));
         let expanded = plan(vec![mount("/a", None, Some("$(NAME)/z"))]).unwrap();
-        assert_eq!(expanded[0].sub_path.as_ref().unwrap().relative, Path::new("one/z"));
+        assert_eq!(expanded[0].sub_path.as_deref(), Some("one/z"));
         for bad in ["../x", "/x", "a/../b"] {
             assert!(plan(vec![mount("/a", Some(bad), None)]).is_err(), "{bad}");
         }

@@ -182,6 +182,8 @@ mod tests {
     use super::*;
     use crate::worker::fixture;
 
+    type List = &'static [(&'static str, &'static str)];
+
     #[test]
     fn cpu_becomes_weight_and_quota() {
         assert_eq!(shares(0), 2);
@@ -195,7 +197,7 @@ mod tests {
     #[test]
     fn the_oom_score_follows_the_class() {
         const GIB: i64 = 1 << 30;
-        let rows: [(&[(&str, &str)], &[(&str, &str)], i32); 4] = [
+        let rows: [(List, List, i32); 4] = [
             (&[], &[], 1000),
             (&[], &[("cpu", "1"), ("memory", "1Gi")], -997),
             (&[("memory", "1Gi")], &[], 750),

@@ -210,7 +210,8 @@ fn images(images: &[Image], most: i32) -> Vec<ContainerImage> {
 fn conditions(observed: &Observed<'_>, old: &[NodeCondition]) -> Vec<NodeCondition> {
     let free = observed.free;
     let percent = |part: u64, whole: u64| {
-        if whole == 0 { 100 } else { part.saturating_mul(100) / whole }
+        // a file system that does not count its files has no last one
+        part.saturating_mul(100).checked_div(whole).unwrap_or(100)
     };
     let disk = percent(free.disk_bytes, free.disk_total) < LEAST_DISK_PERCENT
         || percent(free.inodes, free.inodes_total) < LEAST_INODES_PERCENT;

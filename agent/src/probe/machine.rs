@@ -86,6 +86,8 @@ impl Machine {
 mod tests {
     use super::*;
 
+    type Row = (Kind, i32, i32, &'static [bool], &'static [Verdict]);
+
     fn timing(failures: i32, successes: i32) -> Timing {
         Timing::of(&Probe {
             failure_threshold: Some(failures),
@@ -97,7 +99,7 @@ mod tests {
     #[test]
     fn verdicts_follow_the_thresholds() {
         use Verdict::{Failure, Success, Unknown};
-        let rows: [(Kind, i32, i32, &[bool], &[Verdict]); 4] = [
+        let rows: [Row; 4] = [
             (Kind::Readiness, 1, 1, &[true, false, true], &[Success, Failure, Success]),
             (
                 Kind::Readiness,

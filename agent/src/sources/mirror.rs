@@ -132,7 +132,7 @@ pub(crate) async fn run(
             if failed {
                 tokio::time::sleep(backoff.next_wait()).await;
             } else {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         };
         tokio::select! {

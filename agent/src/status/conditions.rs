@@ -6,7 +6,7 @@ use k8s_openapi::{
 };
 
 use super::StatusInput;
-use crate::worker::{desired::Stop, view};
+use crate::worker::view;
 
 struct Verdict {
     status: bool,
@@ -25,8 +25,7 @@ impl Verdict {
 }
 
 /// The conditions that this node sets on every pod.
-const OWN: [&str; 5] =
-    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "DisruptionTarget"];
+const OWN: [&str; 4] = ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady"];
 
 /// This node's own conditions from `known`, and everybody else's from `reported`.
 pub(crate) fn with_foreign(
@@ -38,15 +37,7 @@ pub(crate) fn with_foreign(
         OWN.contains(&condition.type_.as_str()) || (is_static && condition.type_ == "PodScheduled")
     };
     let mut all: Vec<_> = known.into_iter().filter(|condition| own(condition)).collect();
-    for condition in reported {
-        // the eviction API sets a DisruptionTarget too
-        if !own(&condition)
-            || (condition.type_ == "DisruptionTarget"
-                && !all.iter().any(|known| known.type_ == "DisruptionTarget"))
-        {
-            all.push(condition);
-        }
-    }
+    all.extend(reported.into_iter().filter(|condition| !own(condition)));
     all.sort_by(|a, b| a.type_.cmp(&b.type_));
     all
 }
@@ -66,12 +57,6 @@ pub(crate) fn conditions(
     ];
     if input.is_static {
         own.push(("PodScheduled", Verdict::yes()));
-    }
-    if let Some(Stop::Evicted { message, .. }) = input.stop {
-        let mut disrupted = Verdict::yes();
-        disrupted.reason = Some("TerminationByKubelet");
-        disrupted.message = Some(message.clone());
-        own.push(("DisruptionTarget", disrupted));
     }
     let old = old.conditions.as_deref().unwrap_or_default();
     let mut all: Vec<PodCondition> = old

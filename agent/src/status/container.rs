@@ -258,6 +258,16 @@ fn container_id(input: &StatusInput<'_>, status: &rt::ContainerStatus) -> String
 }
 
 fn terminated(input: &StatusInput<'_>, status: &rt::ContainerStatus) -> ContainerState {
+    // what was said once of an end stays: its message can no longer be read when files are gone
+    let id = container_id(input, status);
+    let said = reported(input.pod, &status.name).and_then(|reported| {
+        [&reported.state, &reported.last_state].into_iter().flatten().find(|state| {
+            state.terminated.as_ref().is_some_and(|end| end.container_id.as_ref() == Some(&id))
+        })
+    });
+    if let Some(said) = said {
+        return said.clone();
+    }
     let exit_code = view::exit_code(status);
     let reason = if status.state == rt::ContainerState::Unknown {
         "ContainerStatusUnknown"
@@ -277,7 +287,7 @@ fn terminated(input: &StatusInput<'_>, status: &rt::ContainerStatus) -> Containe
             message: Some(status.message.clone()).filter(|message| !message.is_empty()),
             started_at: status.started_at.map(Time),
             finished_at: status.finished_at.map(Time),
-            container_id: Some(container_id(input, status)),
+            container_id: Some(id),
             signal: None,
         }),
         ..Default::default()

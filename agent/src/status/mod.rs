@@ -90,10 +90,6 @@ pub(crate) fn pod_status(input: &StatusInput<'_>) -> PodStatus {
         status.message =
             Some("Pod was active on the node longer than the specified deadline".to_owned());
     }
-    if let Some(Stop::Evicted { reason, message, .. }) = input.stop {
-        status.reason = Some(reason.clone());
-        status.message = Some(message.clone());
-    }
     set_addresses(&mut status, input);
     status.conditions = Some(conditions::conditions(input, &status, &old));
     status
@@ -140,8 +136,11 @@ fn phase(input: &StatusInput<'_>, ended: bool, old: &PodStatus) -> Phase {
         _ => {}
     }
     if ended {
-        let told = input.past_deadline || matches!(input.stop, Some(Stop::Evicted { .. }));
-        if told { Phase::Failed } else { phase::final_phase(input.pod, input.observed) }
+        if input.past_deadline {
+            Phase::Failed
+        } else {
+            phase::final_phase(input.pod, input.observed)
+        }
     } else {
         phase::running_phase(input.pod, input.observed)
     }

@@ -70,9 +70,11 @@ mod tests {
     use super::*;
     use crate::worker::fixture;
 
+    type List = &'static [(&'static str, &'static str)];
+
     #[test]
     fn the_class_follows_requests_and_limits() {
-        let rows: [(&[(&str, &str)], &[(&str, &str)], QosClass); 5] = [
+        let rows: [(List, List, QosClass); 5] = [
             (&[], &[], QosClass::BestEffort),
             (&[("cpu", "100m")], &[], QosClass::Burstable),
             (&[], &[("cpu", "1"), ("memory", "1Gi")], QosClass::Guaranteed),

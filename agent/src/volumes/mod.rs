@@ -70,6 +70,12 @@ pub trait PodVolumes: Send + Sync + 'static {
     /// Makes every volume of the pod ready and says where each is. Idempotent. What can change
     /// later (ConfigMaps, Secrets, the downward API, tokens) is kept fresh until `unmount`.
     async fn mount(&self, pod: &Pod) -> Result<MountedVolumes, VolumeError>;
+    /// Makes a `subPath` ready to be mounted, and says from where. Safe against links that a
+    /// container planted in the volume; what is missing is made as a folder. Undone by `unmount`.
+    ///
+    /// # Errors
+    /// The path leaves the volume, or can't be made.
+    async fn sub_path(&self, mount: &SubPathMount<'_>) -> Result<PathBuf, VolumeError>;
     /// Undoes it for the pod with this UID, whether or not it was ever mounted by this process.
     async fn unmount(&self, pod_uid: &str) -> Result<(), VolumeError>;
     /// UIDs of the pods that have a folder on this node, for removing what is left over.
@@ -128,30 +134,6 @@ impl HostVolumes {
         Ok(Self { pods, objects, allocatable, shutdown, followed: Mutex::default() })
     }
 
-    /// Makes a `subPath` ready to be mounted, and says from where. Safe against links that a
-    /// container planted in the volume; what is missing is made as a folder. Undone by `unmount`.
-    ///
-    /// # Errors
-    /// The path leaves the volume, or can't be made.
-    pub async fn sub_path(&self, mount: &SubPathMount<'_>) -> Result<PathBuf, VolumeError> {
-        let failed = |reason: String| VolumeError {
-            volume: mount.volume.to_owned(),
-            reason: format!("failed to prepare subPath for volumeMount: {reason}"),
-        };
-        let folder = self.pod_folder(mount.pod_uid).map_err(failed)?;
-        for name in [mount.volume, mount.container] {
-            check_name(name).map_err(failed)?;
-        }
-        let target = folder.join("volume-subpaths").join(mount.volume).join(mount.container);
-        let target = target.join(mount.index.to_string());
-        let (volume, part) = (mount.volume_path.to_owned(), PathBuf::from(mount.sub_path));
-        let to = target.clone();
-        blocking(move || sub_path::mount_part(&volume, &part, &to))
-            .await
-            .map_err(|error| failed(error.to_string()))?;
-        Ok(target)
-    }
-
     fn pod_folder(&self, uid: &str) -> Result<PathBuf, String> {
         check_name(uid)?;
         Ok(self.pods.join(uid))
@@ -201,6 +183,25 @@ impl PodVolumes for HostVolumes {
             self.follower(uid).follow(pod, files).await?;
         }
         Ok(mounted)
+    }
+
+    async fn sub_path(&self, mount: &SubPathMount<'_>) -> Result<PathBuf, VolumeError> {
+        let failed = |reason: String| VolumeError {
+            volume: mount.volume.to_owned(),
+            reason: format!("failed to prepare subPath for volumeMount: {reason}"),
+        };
+        let folder = self.pod_folder(mount.pod_uid).map_err(failed)?;
+        for name in [mount.volume, mount.container] {
+            check_name(name).map_err(failed)?;
+        }
+        let target = folder.join("volume-subpaths").join(mount.volume).join(mount.container);
+        let target = target.join(mount.index.to_string());
+        let (volume, part) = (mount.volume_path.to_owned(), PathBuf::from(mount.sub_path));
+        let to = target.clone();
+        blocking(move || sub_path::mount_part(&volume, &part, &to))
+            .await
+            .map_err(|error| failed(error.to_string()))?;
+        Ok(target)
     }
 
     async fn unmount(&self, pod_uid: &str) -> Result<(), VolumeError> {

@@ -16,7 +16,7 @@ use super::{
     Context, backoff, hooks,
     plan::KillReason,
     start::{StartError, log_link},
-    subpath, view,
+    view,
 };
 use crate::{
     container_config::{dns, sandbox},
@@ -104,7 +104,7 @@ pub(crate) async fn remove_sandbox(context: &Context, id: &SandboxId) {
         match context.timed("remove_podsandbox", context.runtime.remove_pod_sandbox(id)).await {
             Ok(()) | Err(RuntimeError::NotFound(_)) => return,
             Err(error) => {
-                tracing::warn!(sandbox = %id, %error, "sandbox not removed, trying again")
+                tracing::warn!(sandbox = %id, %error, "sandbox not removed, trying again");
             }
         }
         tokio::time::sleep(backoff.next_wait()).await;
@@ -259,16 +259,6 @@ fn remove_log(log: &Path) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Undoes the pod's volumes and sub-paths.
-pub(crate) async fn unmount(context: &Context, uid: &str) -> Result<(), VolumeError> {
-    let (root, pod) = (context.config.root_dir.clone(), uid.to_owned());
-    let removed = tokio::task::spawn_blocking(move || subpath::remove_all(&root, &pod)).await;
-    if let Ok(Err(error)) = removed {
-        return Err(VolumeError { volume: "subPath".to_owned(), reason: error.to_string() });
-    }
-    context.volumes.unmount(uid).await
 }
 
 /// Deletes the pod's object for good, however often it takes.

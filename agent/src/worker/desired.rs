@@ -22,15 +22,6 @@ pub(crate) enum Origin {
 pub(crate) enum Stop {
     /// Its object or its file is gone.
     Gone,
-    /// The node can't keep it; it stays in the API as `Failed`.
-    Evicted {
-        /// The status's reason.
-        reason: String,
-        /// The status's message.
-        message: String,
-        /// Longest grace.
-        grace: Duration,
-    },
     /// The node never took it; it stays in the API as `Failed`.
     Rejected {
         /// The status's reason.
@@ -65,10 +56,6 @@ impl Desired {
             .deletion_grace_period_seconds
             .or(view::spec(&self.pod).termination_grace_period_seconds)
             .unwrap_or(30);
-        let grace = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-        match &self.stop {
-            Some(Stop::Evicted { grace: longest, .. }) => grace.min(*longest),
-            _ => grace,
-        }
+        Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
     }
 }

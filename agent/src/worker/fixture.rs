@@ -30,7 +30,7 @@ use crate::{
     directory::PodTable,
     environment::{ContainerEnvironment, EnvironmentError, PodAddresses},
     metrics::Metrics,
-    volumes::{MountedVolumes, PodVolumes, VolumeError},
+    volumes::{MountedVolumes, PodVolumes, SubPathMount, VolumeError},
 };
 
 /// A moment, in seconds after the tests' own "now".
@@ -432,6 +432,13 @@ impl PodVolumes for NoVolumes {
         Ok(MountedVolumes::default())
     }
 
+    async fn sub_path(
+        &self,
+        mount: &SubPathMount<'_>,
+    ) -> std::result::Result<PathBuf, VolumeError> {
+        Ok(mount.volume_path.join(mount.sub_path))
+    }
+
     async fn unmount(&self, _: &str) -> std::result::Result<(), VolumeError> {
         Ok(())
     }
@@ -473,7 +480,7 @@ pub(crate) fn context(runtime: Arc<FakeRuntime>, folder: &std::path::Path) -> Ar
         environment: Arc::new(LiteralEnvironment),
         client: None,
         events: EventRecorder::discard(),
-        metrics: Metrics::new(&prometheus::Registry::new()).unwrap(),
+        metrics: Metrics::new(&Default::default(), &Default::default()).unwrap(),
         pulls: Semaphore::new(1),
         runtime_name: "fake".to_owned(),
         memory_capacity: 1 << 32,

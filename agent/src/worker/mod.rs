@@ -27,7 +27,6 @@ pub(crate) mod observe;
 pub(crate) mod plan;
 pub(crate) mod probers;
 pub(crate) mod start;
-pub(crate) mod subpath;
 #[cfg(test)]
 mod tests;
 pub(crate) mod view;
@@ -469,7 +468,7 @@ impl Worker {
                 self.tasks.spawn(async move { Outcome::ContainerStarted(name, start.run().await) });
             }
             Action::KillContainer { id, grace, why, .. } => {
-                self.begin_kill(desired, id, grace, why)
+                self.begin_kill(desired, id, grace, why);
             }
             Action::RemoveContainer(id) => {
                 let found = self.observed.containers.iter().find(|status| status.id == id).cloned();
@@ -484,7 +483,7 @@ impl Worker {
                 self.knowledge.volumes = Volumes::Unmounting;
                 let uid = self.uid.clone();
                 self.tasks
-                    .spawn(async move { Outcome::Unmounted(apply::unmount(&context, &uid).await) });
+                    .spawn(async move { Outcome::Unmounted(context.volumes.unmount(&uid).await) });
             }
             Action::DeletePod => {
                 self.knowledge.deletion = Deletion::UnderWay;

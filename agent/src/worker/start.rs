@@ -15,12 +15,12 @@ use keelson_runtime_shim::runtime::{ContainerConfig, ContainerId, Mount, Sandbox
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, Note, hooks, subpath, view};
+use super::{Context, Note, hooks, view};
 use crate::{
     container_config::{self, ContainerParts, files, hostname, mounts},
     environment::PodAddresses,
     images,
-    volumes::MountedVolumes,
+    volumes::{MountedVolumes, SubPathMount},
 };
 
 /// Why a container was not started, in the words of its waiting state.
@@ -66,7 +66,7 @@ impl Start {
         let result = self.steps(container).await;
         self.context
             .metrics
-            .container_started(kind, result.as_ref().map(|()| ()).map_err(|error| error.reason));
+            .container_started(kind, result.as_ref().err().map(|error| error.reason));
         result
     }
 
@@ -178,13 +178,16 @@ impl Start {
             .map_err(|error| refused(error.to_string()))?;
         let planned = mounts::volume_mounts(&self.pod, container, &self.volumes, &env)
             .map_err(|error| refused(error.to_string()))?;
+        let mut volume_mounts = Vec::with_capacity(planned.len());
+        for planned in planned {
+            volume_mounts.push(self.mount(container, planned).await?);
+        }
         let own_files = OwnFiles {
             pod_folder: self.pod_folder(),
             container: container.name.clone(),
             hosts: self.hosts_text(&addresses.pod_ips),
             host_network: self.host_network(),
             attempt: self.attempt,
-            planned,
         };
         let written = tokio::task::spawn_blocking(move || own_files.write())
             .await
@@ -198,13 +201,41 @@ impl Start {
             image_ref: &image.reference,
             image: &image.image,
             env,
-            volume_mounts: written.mounts,
+            volume_mounts,
             hosts_file: Some(written.hosts),
             termination_file: Some(written.termination),
             back_off: self.back_off,
             memory_capacity: self.context.memory_capacity,
         })
         .map_err(|error| refused(error.to_string()))
+    }
+
+    /// The mount as it can be made: a part of a volume is prepared first, and what is not there is
+    /// named.
+    async fn mount(
+        &self,
+        container: &Container,
+        planned: mounts::PlannedMount,
+    ) -> Result<Mount, StartError> {
+        let refused =
+            |message: String| StartError { reason: "CreateContainerConfigError", message };
+        let mut mount = planned.mount;
+        if let Some(sub_path) = &planned.sub_path {
+            let part = SubPathMount {
+                pod_uid: self.pod.metadata.uid.as_deref().unwrap_or_default(),
+                container: &container.name,
+                index: planned.index,
+                volume: &planned.volume,
+                volume_path: &mount.host_path,
+                sub_path,
+            };
+            let prepared = self.context.volumes.sub_path(&part).await;
+            mount.host_path = prepared.map_err(|error| refused(error.to_string()))?;
+        } else if let Err(error) = tokio::fs::symlink_metadata(&mount.host_path).await {
+            let path = mount.host_path.display();
+            return Err(refused(format!("volume {:?} at {path}: {error}", planned.volume)));
+        }
+        Ok(mount)
     }
 
     fn pod_folder(&self) -> PathBuf {
@@ -257,13 +288,11 @@ struct OwnFiles {
     hosts: Box<dyn FnOnce(&str) -> String + Send>,
     host_network: bool,
     attempt: u32,
-    planned: Vec<mounts::PlannedMount>,
 }
 
 struct Written {
     hosts: PathBuf,
     termination: PathBuf,
-    mounts: Vec<Mount>,
 }
 
 impl OwnFiles {
@@ -288,31 +317,6 @@ impl OwnFiles {
         fs::write(&termination, "")?;
         // any user of the container may leave its last words
         fs::set_permissions(&termination, fs::Permissions::from_mode(0o666))?;
-        let sub_paths = self.pod_folder.join("volume-subpaths").join(&self.container);
-        let mut mounts = Vec::with_capacity(self.planned.len());
-        for (index, planned) in self.planned.into_iter().enumerate() {
-            let mut mount = planned.mount;
-            if let Some(sub_path) = planned.sub_path {
-                let target = sub_paths.join(index.to_string());
-                subpath::bind(&sub_path, &target).map_err(|error| {
-                    io::Error::new(
-                        error.kind(),
-                        format!(
-                            "failed to prepare subPath {:?} for volume mount at {:?} of container \
-                             {:?}: {error}",
-                            sub_path.relative, mount.container_path, self.container
-                        ),
-                    )
-                })?;
-                mount.host_path = target;
-            } else if let Err(error) = fs::symlink_metadata(&mount.host_path) {
-                return Err(io::Error::new(
-                    error.kind(),
-                    format!("volume path {}: {error}", mount.host_path.display()),
-                ));
-            }
-            mounts.push(mount);
-        }
-        Ok(Written { hosts, termination, mounts })
+        Ok(Written { hosts, termination })
     }
 }
