@@ -46,11 +46,14 @@ fn a_container_runs_logs_and_ends() {
         assert!(logged.contains(&own("stdout", "F", "out")), "{logged:?}");
         assert!(logged.contains(&own("stderr", "F", "err")), "{logged:?}");
         assert!(logged.contains(&own("stdout", "F", "restone")), "{logged:?}");
-        let mut kinds = Vec::new();
-        while let Ok(event) = events.try_recv() {
-            kinds.push(event.kind);
+        let (mut started, mut exited) = (false, false);
+        while !(started && exited) {
+            let event = tokio::time::timeout(Duration::from_secs(5), events.recv()).await;
+            let event = event.unwrap().unwrap();
+            assert_eq!((event.pod_uid.as_str(), event.container.as_ref()), ("uid-one", Some(&id)));
+            started |= event.kind == RuntimeEventKind::ContainerStarted;
+            exited |= event.kind == RuntimeEventKind::ContainerExited;
         }
-        assert_eq!(kinds, [RuntimeEventKind::ContainerStarted, RuntimeEventKind::ContainerExited]);
         node.end().await;
     });
 }
@@ -75,6 +78,79 @@ fn pods_outlive_the_runtime_that_made_them() {
         let sandbox = node.runtime.pod_sandbox_status(&pod).await.unwrap();
         assert_eq!(sandbox.state, SandboxState::Ready);
         assert!(lines(&after.log_path).len() > 5);
+        node.end().await;
+    });
+}
+
+#[test]
+fn a_shim_is_small_and_its_death_is_seen() {
+    in_namespaces("a_shim_is_small_and_its_death_is_seen", async {
+        let node = Node::start().await;
+        let pod = node.pod("one", |_| {}).await;
+        let id = node.started(&pod, "c", "while :; do echo some line; sleep 0.01; done").await;
+        let shim = node.runtime.pod_sandbox_status(&pod).await.unwrap().shim_pid.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let rollup = std::fs::read_to_string(format!("/proc/{shim}/smaps_rollup")).unwrap();
+        let private: u64 = rollup
+            .lines()
+            .filter(|l| l.starts_with("Private_"))
+            .filter_map(|l| l.split_whitespace().nth(1)?.parse::<u64>().ok())
+            .sum();
+        println!("a shim's private memory: {private} KiB");
+        assert!(private < 2048, "{rollup}");
+        for tree in std::fs::read_to_string(format!("/proc/{shim}/cgroup")).unwrap().lines() {
+            assert!(tree.ends_with("/keelson-shims"), "{tree}");
+        }
+
+        // Somebody kills it: the pod is not ready, and can be removed all the same.
+        assert!(
+            std::process::Command::new("kill")
+                .args(["-9", &shim.to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
+        until("the sandbox is not ready", || async {
+            let status = node.runtime.pod_sandbox_status(&pod).await.unwrap();
+            status.state == SandboxState::NotReady
+        })
+        .await;
+        let status = node.runtime.container_status(&id).await.unwrap();
+        assert_eq!(status.state, ContainerState::Unknown);
+        node.runtime.stop_pod_sandbox(&pod).await.unwrap();
+        assert_eq!(node.exited(&id).await.exit_code, Some(137));
+        node.runtime.remove_pod_sandbox(&pod).await.unwrap();
+        assert!(node.runtime.list_containers(None).await.unwrap().is_empty());
+        let other = node.pod("two", |_| {}).await;
+        node.started(&other, "c", "sleep 100").await;
+        node.end().await;
+    });
+}
+
+#[test]
+fn no_line_is_lost_and_long_ones_are_split() {
+    in_namespaces("no_line_is_lost_and_long_ones_are_split", async {
+        let node = Node::start().await;
+        let pod = node.pod("one", |_| {}).await;
+        let script = "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; \
+                      head -c 40000 /dev/zero; echo";
+        let id = node.container(&pod, "c", script, |_| {}).await;
+        node.runtime.start_container(&id).await.unwrap();
+        // Rotated while it writes: what is between the two files is in one of them.
+        let log = node.runtime.container_status(&id).await.unwrap().log_path;
+        let old = log.with_extension("old");
+        until("it writes", || async { std::fs::metadata(&log).is_ok_and(|m| m.len() > 5000) })
+            .await;
+        std::fs::rename(&log, &old).unwrap();
+        node.runtime.reopen_container_log(&id).await.unwrap();
+        node.exited(&id).await;
+        let mut all = lines(&old);
+        all.extend(lines(&log));
+        let numbered = all.iter().filter(|(_, tag, text)| tag == "F" && text.starts_with("line "));
+        assert!(numbered.map(|(_, _, t)| t.clone()).eq((0..20000).map(|i| format!("line {i}"))));
+        let tail: Vec<_> =
+            all[20000..].iter().map(|(_, tag, text)| (tag.as_str(), text.len())).collect();
+        assert_eq!(tail, [("P", 16384), ("P", 16384), ("F", 40000 - 2 * 16384)]);
         node.end().await;
     });
 }

@@ -10,7 +10,7 @@
 //! ends of processes nobody has claimed yet are kept while a helper is at work.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fs::File,
     io::{self, ErrorKind, Read},
     os::{
@@ -165,6 +165,8 @@ pub(crate) struct Server {
     helpers: Vec<Helper>,
     containers: BTreeMap<String, Container>,
     execs: Vec<ExecProcess>,
+    /// Helpers whose end was not seen yet: nobody asks how they ended.
+    helper_pids: BTreeSet<i32>,
     unclaimed: VecDeque<(i32, i32)>,
     init: Option<i32>,
     ending: bool,
@@ -180,6 +182,7 @@ impl Server {
             helpers: Vec::new(),
             containers: BTreeMap::new(),
             execs: Vec::new(),
+            helper_pids: BTreeSet::new(),
             unclaimed: VecDeque::new(),
             init,
             ending: false,
@@ -352,6 +355,9 @@ impl Server {
 
     fn reap(&mut self) {
         while let Some((pid, code)) = sys::reap() {
+            if self.helper_pids.remove(&pid) {
+                continue;
+            }
             if !self.claim(pid, code) && !self.helpers.is_empty() {
                 self.unclaimed.push_back((pid, code));
             }
@@ -528,7 +534,8 @@ impl Server {
             let mut ends = ends.into_iter();
             [stdin, ends.next().unwrap_or(Stdio::null()), ends.next().unwrap_or(Stdio::null())]
         };
-        let socket = spawn_helper(&container.start.helper, streams)?;
+        let (socket, pid) = spawn_helper(&container.start.helper, streams)?;
+        self.helper_pids.insert(pid);
         self.helpers.push(Helper {
             socket,
             input: Vec::new(),
@@ -561,7 +568,8 @@ impl Server {
                 }
             }
         }
-        let socket = spawn_helper(&exec.helper, theirs)?;
+        let (socket, pid) = spawn_helper(&exec.helper, theirs)?;
+        self.helper_pids.insert(pid);
         self.helpers.push(Helper {
             socket,
             input: Vec::new(),
@@ -698,7 +706,7 @@ fn read_report(helper: &mut Helper) -> bool {
 }
 
 /// Starts a helper with these standard streams and the report channel as descriptor 3.
-fn spawn_helper(command: &[String], streams: [Stdio; 3]) -> Result<UnixStream, String> {
+fn spawn_helper(command: &[String], streams: [Stdio; 3]) -> Result<(UnixStream, i32), String> {
     let (program, arguments) = command.split_first().ok_or("no helper is named")?;
     let (ours, theirs) = UnixStream::pair().map_err(|e| format!("socket pair: {e}"))?;
     ours.set_nonblocking(true).map_err(|e| format!("socket pair: {e}"))?;
@@ -722,8 +730,8 @@ fn spawn_helper(command: &[String], streams: [Stdio; 3]) -> Result<UnixStream, S
         });
     }
     // The child is taken away by `reap` like all others.
-    child.spawn().map_err(|e| format!("starting {program}: {e}"))?;
-    Ok(ours)
+    let child = child.spawn().map_err(|e| format!("starting {program}: {e}"))?;
+    Ok((ours, i32::try_from(child.id()).unwrap_or(0)))
 }
 
 /// Tells a made process that it may go on to run its command.

@@ -126,6 +126,8 @@ impl EmbeddedRuntime {
                 Err(RuntimeError::Internal("a shim gave the answer to another question".into()))
             }
             Err(error) => {
+                // What was half-made, or is made after all because only the answer was late.
+                self.clear_cgroup(&record).await?;
                 let state = protocol::State {
                     container: record.id.0.clone(),
                     finished: now(),
@@ -135,7 +137,7 @@ impl EmbeddedRuntime {
                 };
                 let (inner, id, written) =
                     (Arc::clone(&self.inner), record.id.clone(), state.clone());
-                blocking(move || inner.write_failed_start(&id, &written)).await?;
+                blocking(move || inner.write_state(&id, &written)).await?;
                 container.process.send_replace(state);
                 self.inner.announce(
                     RuntimeEventKind::ContainerExited,
@@ -171,7 +173,17 @@ impl EmbeddedRuntime {
         }
         // By cgroup and not by process: with the host's process namespace there may be more of them.
         self.clear_cgroup(&record).await?;
-        if runs && answers {
+        if runs && !answers {
+            // Its shim was killed: nobody saw how it ended, but that it did is sure now.
+            let mut state = container.process.borrow().clone();
+            state.finished = now();
+            state.code = 128 + libc::SIGKILL;
+            let (inner, id, written) = (Arc::clone(&self.inner), record.id.clone(), state.clone());
+            blocking(move || inner.write_state(&id, &written)).await?;
+            container.process.send_replace(state);
+            return Ok(());
+        }
+        if runs {
             let ended = process.wait_for(|s| s.finished != 0);
             if tokio::time::timeout(KILL_DEADLINE, ended).await.is_err() {
                 return Err(RuntimeError::Timeout {
@@ -381,8 +393,8 @@ impl Inner {
         }
     }
 
-    /// Notes a process that could not be made, so that it is found again.
-    fn write_failed_start(&self, id: &ContainerId, state: &protocol::State) -> Result<()> {
+    /// Notes how a process ended that its shim can't tell of, so that it is found again.
+    fn write_state(&self, id: &ContainerId, state: &protocol::State) -> Result<()> {
         let text = serde_json::to_vec(state)
             .map_err(|e| RuntimeError::Internal(format!("state of {id}: {e}")))?;
         disk::write_atomically(&self.disk.state(id), &text)

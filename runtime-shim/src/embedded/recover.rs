@@ -32,11 +32,18 @@ impl EmbeddedRuntime {
             let rebooted = record.boot != self.inner.boot;
             if record.phase == Phase::Making {
                 tracing::info!(sandbox = %record.id, "removing a sandbox that was not finished");
-                self.take_sandbox_apart(&record).await?;
-                continue;
+                match self.take_sandbox_apart(&record).await {
+                    Ok(()) => continue,
+                    // It stays listed as not ready, so that its removal is tried again.
+                    Err(error) => {
+                        tracing::warn!(sandbox = %record.id, %error, "could not remove it yet");
+                    }
+                }
             }
             if rebooted && record.phase == Phase::Ready {
-                self.dissolve(&record).await?;
+                if let Err(error) = self.dissolve(&record).await {
+                    tracing::warn!(sandbox = %record.id, %error, "could not tidy up after a restart");
+                }
                 record.phase = Phase::Stopped;
                 let (inner, written) = (Arc::clone(&self.inner), record.clone());
                 blocking(move || inner.disk.write_sandbox(&written)).await?;

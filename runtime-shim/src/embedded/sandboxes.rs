@@ -154,10 +154,7 @@ impl EmbeddedRuntime {
                 }
             };
             if tokio::time::timeout(SHIM_END, gone).await.is_err() {
-                return Err(RuntimeError::Timeout {
-                    what: format!("ending the shim of sandbox {}", record.id),
-                    after: SHIM_END,
-                });
+                inner.kill_shim(record)?;
             }
             let _ = tokio::fs::remove_file(&socket).await;
         }
@@ -272,6 +269,21 @@ impl Inner {
             .map(|(name, value)| (name.replace('.', "/"), value.clone()))
             .partition(|(path, _)| path.starts_with("net/"));
         Ok((entrances, other, net))
+    }
+
+    /// Kills a shim that does not end by itself.
+    fn kill_shim(&self, record: &SandboxRecord) -> Result<()> {
+        let Some(pid) = record.shim_pid.filter(|pid| *pid > 1) else { return Ok(()) };
+        // The number may be somebody else's by now.
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        if program.starts_with(self.disk.root.join("bin")) {
+            tracing::warn!(sandbox = %record.id, pid, "killing a shim that does not end");
+            let pid = nix::unistd::Pid::from_raw(pid);
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).map_err(|e| {
+                RuntimeError::Io { what: format!("killing the shim {pid}"), source: e.into() }
+            })?;
+        }
+        Ok(())
     }
 
     pub(super) fn pod_cgroup(&self, record: &SandboxRecord) -> Result<std::path::PathBuf> {

@@ -64,10 +64,9 @@ pub(crate) fn resolve(
         _ => split(image_user),
     };
     let entry = match user.parse::<i64>() {
-        Ok(uid) => accounts
-            .users()
-            .find(|u| u.uid == uid)
-            .unwrap_or(PasswdLine { name: "", uid, gid: 0 }),
+        Ok(uid) => {
+            accounts.users().find(|u| u.uid == uid).unwrap_or(PasswdLine { name: "", uid, gid: 0 })
+        }
         Err(_) if user.is_empty() => PasswdLine { name: "root", uid: 0, gid: 0 },
         Err(_) => accounts.users().find(|u| u.name == user).ok_or_else(|| {
             SpecError::Invalid(format!(
