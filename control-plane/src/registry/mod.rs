@@ -195,7 +195,9 @@ impl Resource {
         meta::prepare_update(self, new, old)?;
         strategy::split_status(self, new, old, subresource);
         (self.strategy.prepare_update)(new, old, subresource);
-        if self.has_generation && strategy::asks_for_new_work(new, old) {
+        // That a pod is placed asks for nothing that was not asked for.
+        if self.has_generation && subresource != "binding" && strategy::asks_for_new_work(new, old)
+        {
             meta::bump_generation(new, old);
         }
         Ok(())

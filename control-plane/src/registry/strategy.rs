@@ -49,10 +49,11 @@ pub(super) fn split_status(resource: &Resource, new: &mut Value, old: &Value, su
         return;
     }
     let Some(object) = new.as_object_mut() else { return };
-    if subresource == "status" {
-        keep_all_but_status(object, old);
-    } else {
-        value::copy_field(object, old, "status");
+    match subresource {
+        "status" => keep_all_but_status(object, old),
+        // A binding writes a condition together with the node.
+        "binding" => {}
+        _ => value::copy_field(object, old, "status"),
     }
 }
 

@@ -79,12 +79,13 @@ pub(crate) fn copy_field(to: &mut Map<String, Value>, from: &Value, name: &str) 
     }
 }
 
-/// Whether two values mean the same: absent, null, empty list and empty map are one
+/// Whether two values mean the same: absent, null, empty text, empty list and empty map are one
 /// (apimachinery's semantic equality).
 pub(crate) fn same(a: Option<&Value>, b: Option<&Value>) -> bool {
     fn empty(value: Option<&Value>) -> bool {
         match value {
             None | Some(Value::Null) => true,
+            Some(Value::String(text)) => text.is_empty(),
             Some(Value::Array(items)) => items.is_empty(),
             Some(Value::Object(fields)) => fields.is_empty(),
             Some(_) => false,

@@ -217,7 +217,7 @@ pub(super) fn compare(shape: &Shape, old: &Value, new: &Value) -> Difference {
     match grain {
         Grain::Whole => Difference::changed(old != new),
         Grain::Structure(structure) => {
-            compare_fields(old, new, |name| field_shape(structure, name), |field| is_hollow(field))
+            compare_fields(old, new, |name| field_shape(structure, name), is_hollow)
         }
         Grain::Map(values) => compare_fields(old, new, |_| values, |_| true),
         Grain::Set => {

@@ -278,7 +278,8 @@ mod tests {
     #[test]
     fn deployments_are_checked() {
         assert_eq!(deployment(|_| {}), [""; 0]);
-        let rows: [(fn(&mut Value), &str); 7] = [
+        type Change = fn(&mut Value);
+        let rows: [(Change, &str); 7] = [
             (
                 |o| o["spec"]["selector"]["matchLabels"]["app"] = "db".into(),
                 "spec.template.metadata.labels: Invalid value: {\"app\":\"web\"}: `selector` does \

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use keelson_api::quantity::Quantity;
 use serde_json::{Value, json};
 
+use super::security;
 use crate::{
     registry::{
         kinds::rules::{self, check_supported},
@@ -115,6 +116,7 @@ fn one(container: &Value, role: Role, at: &Path<'_>, errors: &mut Vec<FieldError
         errors,
     );
     environment(container, at, errors);
+    security::container(container, at, errors);
     resources(container, at, errors);
     for field in ["livenessProbe", "readinessProbe", "startupProbe"] {
         let Some(given) = value::at(container, &[field]) else { continue };

@@ -2,6 +2,7 @@
 
 mod containers;
 mod default;
+mod security;
 mod spec;
 mod update;
 mod volumes;
@@ -74,7 +75,7 @@ fn quality_of_service(pod: &Value) -> &'static str {
     let everything = all.iter().all(|resources| {
         names.iter().all(|name| {
             let limit = asked(resources, "limits", name);
-            let request = asked(resources, "requests", name).or_else(|| limit.clone());
+            let request = asked(resources, "requests", name).or(limit);
             limit.is_some() && request == limit
         })
     });

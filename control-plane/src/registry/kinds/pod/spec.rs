@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{containers, volumes};
+use super::{containers, security, volumes};
 use crate::{
     registry::{
         kinds::rules::{self, check_supported},
@@ -95,6 +95,7 @@ fn validate_spec(spec: &Value, path: &Path<'_>, errors: &mut Vec<FieldError>) {
             "ShareProcessNamespace and HostPID cannot both be enabled",
         ));
     }
+    security::pod(spec, path, errors);
     tolerations(spec, path, errors);
     host_aliases(spec, path, errors);
 }

@@ -99,7 +99,7 @@ fn pods_are_checked() {
         (
             |p| {
                 p["spec"]["containers"][0]["volumeMounts"] =
-                    json!([{"name": "x", "mountPath": "/x"}])
+                    json!([{"name": "x", "mountPath": "/x"}]);
             },
             "spec.containers[0].volumeMounts[0].name: Not found: \"x\"",
         ),
@@ -131,7 +131,7 @@ fn pods_are_checked() {
         (
             |p| {
                 p["spec"]["volumes"] =
-                    json!([{"name": "v", "emptyDir": {}, "secret": {"secretName": "s"}}])
+                    json!([{"name": "v", "emptyDir": {}, "secret": {"secretName": "s"}}]);
             },
             "spec.volumes[0].secret: Forbidden: may not specify more than 1 volume type",
         ),
