@@ -23,6 +23,7 @@ use keelson_api::{
     backoff::Backoff,
     events::{EventRecorder, EventType},
     object::ObjectKey,
+    quantity::Quantity,
 };
 use keelson_runtime_shim::runtime::{
     ContainerStatus, PodRuntime, RuntimeError, RuntimeEvent, SandboxId, SandboxStatus,
@@ -111,6 +112,14 @@ pub struct AgentParts {
 pub struct Agent {
     context: Arc<Context>,
     node: NodeInfo,
+}
+
+/// What the node's pods may use together: what the machine has, less what is reserved.
+///
+/// # Errors
+/// When the machine does not say what it has, or a reserved amount can't be read.
+pub fn allocatable(config: &AgentConfig) -> Result<BTreeMap<String, Quantity>, AgentError> {
+    node::allocatable(config)
 }
 
 impl Agent {

@@ -26,5 +26,5 @@ pub(crate) mod status;
 pub mod volumes;
 pub(crate) mod worker;
 
-pub use agent::{Agent, AgentError, AgentParts};
+pub use agent::{Agent, AgentError, AgentParts, allocatable};
 pub use config::{AgentConfig, NodeConfig};

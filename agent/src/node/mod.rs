@@ -17,6 +17,14 @@ use tokio::sync::watch;
 
 use crate::{admission::NodeView, agent::AgentError, config::AgentConfig, worker::Context};
 
+/// What the node's pods may use together.
+pub(crate) fn allocatable(config: &AgentConfig) -> Result<BTreeMap<String, Quantity>, AgentError> {
+    let machine =
+        Machine::read(&config.root_dir).map_err(|error| AgentError::Machine(error.to_string()))?;
+    let capacity = plan::capacity(&machine, config);
+    plan::allocatable(&capacity, &config.node.reserved).map_err(AgentError::Config)
+}
+
 /// What is known of the node, and the channels that say it.
 pub(crate) struct NodeInfo {
     machine: Machine,

@@ -153,7 +153,10 @@ impl KubeletServer {
 }
 
 async fn serve_tls(listener: TcpListener, shared: Arc<Shared>) {
-    let acceptor = TlsAcceptor::from(Arc::clone(&shared.config.tls));
+    // HTTP/1.1 alone: streams are upgraded, and the API server's proxy speaks it.
+    let mut tls = rustls::ServerConfig::clone(&shared.config.tls);
+    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(tls));
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let connections = TaskTracker::new();
     while let Some((stream, place)) = next(&listener, &places, &shared.shutdown).await {
@@ -212,7 +215,6 @@ async fn serve_connection(acceptor: TlsAcceptor, stream: TcpStream, shared: Arc<
         let (shared, certificate) = (Arc::clone(&shared), certificate.clone());
         async move { Ok::<_, Infallible>(answer(shared, certificate, request).await) }
     });
-    // HTTP/1.1 alone: streams are upgraded, and the API server's proxy speaks it.
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HANDSHAKE)

@@ -237,6 +237,30 @@ impl PodVolumes for HostVolumes {
     }
 }
 
+/// Unmounts and removes the volumes of all pods below a kubelet's folder, whoever mounted them, and
+/// says of how many pods. Blocks on the file system.
+///
+/// # Errors
+/// Something is still in use; the rest is removed all the same.
+pub fn unmount_all(kubelet_dir: &Path) -> io::Result<usize> {
+    let entries = match fs::read_dir(kubelet_dir.join("pods")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        entries => entries?,
+    };
+    let (mut removed, mut first_error) = (0, None);
+    for entry in entries {
+        // As the kernel lists mount points: without links.
+        let removal = entry.and_then(|entry| mounts::remove_tree(&entry.path().canonicalize()?));
+        match removal {
+            Ok(()) => removed += 1,
+            Err(error) => {
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    first_error.map_or(Ok(removed), Err)
+}
+
 /// Names that become part of a path.
 fn check_name(name: &str) -> Result<(), String> {
     let fine = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');

@@ -340,6 +340,25 @@ impl ClusterPki {
     }
 }
 
+/// A serving certificate that is signed by itself, for a year: what a kubelet shows that was given
+/// none.
+///
+/// # Errors
+/// A name that no certificate can hold.
+pub fn self_signed(names: &[String]) -> Result<CertificateAndKey, PkiError> {
+    let issue = |problem: String| PkiError::Issue { name: "kubelet.crt".to_owned(), problem };
+    let key = rcgen::KeyPair::generate().map_err(|error| issue(error.to_string()))?;
+    let mut parameters = rcgen::CertificateParams::new(names.to_vec())
+        .map_err(|_| PkiError::BadName(names.join(", ")))?;
+    let year = std::time::Duration::from_secs(365 * 24 * 3600);
+    parameters.not_after = (std::time::SystemTime::now() + year).into();
+    if let Some(name) = names.first() {
+        parameters.distinguished_name.push(rcgen::DnType::CommonName, name.as_str());
+    }
+    let certificate = parameters.self_signed(&key).map_err(|error| issue(error.to_string()))?;
+    Ok(CertificateAndKey { certificate_pem: certificate.pem(), key_pem: key.serialize_pem() })
+}
+
 /// Holds other processes off the folder until dropped.
 fn lock(dir: &Path) -> Result<File, PkiError> {
     let path = dir.join(".lock");

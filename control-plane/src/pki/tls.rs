@@ -102,6 +102,31 @@ pub fn server_config(ca_pem: &str, key: Arc<ReloadingKey>) -> Result<Arc<ServerC
     Ok(Arc::new(config))
 }
 
+/// A server's configuration over files that this process does not renew: HTTP/1.1, client
+/// certificates optional where an authority for them is given, and not asked for otherwise.
+///
+/// # Errors
+/// The certificate, the key or the authority is none.
+pub fn static_server_config(
+    certificate_pem: &str,
+    key_pem: &str,
+    client_ca_pem: Option<&str>,
+) -> Result<Arc<ServerConfig>, PkiError> {
+    let files = CertificateAndKey {
+        certificate_pem: certificate_pem.to_owned(),
+        key_pem: key_pem.to_owned(),
+    };
+    let key = Arc::new(ReloadingKey::new(certified_key(&files, "the serving certificate".into())?));
+    if let Some(ca) = client_ca_pem {
+        return server_config(ca, key);
+    }
+    let config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(key);
+    Ok(Arc::new(config))
+}
+
 /// A client's configuration that trusts `ca_pem` alone.
 ///
 /// # Errors
