@@ -1,0 +1,327 @@
+//! Forgetting UDP connections whose translation is out of date.
+//!
+//! The kernel translates the packets of one UDP flow alike for as long as they keep coming, so a
+//! client that never pauses would go on talking to an endpoint that is gone, or to nobody, long
+//! after the rules say otherwise. TCP ends by itself: what reaches nobody is answered with a reset.
+//!
+//! The kernel's own filter does the looking (`CTA_FILTER` on delete, Linux 6.8); older kernels list
+//! what matches and are told to delete each. This runs after the commit, on a thread of its own: to
+//! walk the connection table takes milliseconds that no other change should wait for.
+
+use std::{io, net::IpAddr};
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use tokio::sync::mpsc;
+
+use crate::{
+    metrics::Metrics,
+    model::Protocol,
+    nftables::{
+        attribute::{Attributes, Header, Messages, Writer},
+        held::Stale,
+        uapi::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR},
+    },
+};
+
+// `linux/netfilter/nfnetlink_conntrack.h`
+const NFNL_SUBSYS_CTNETLINK: u16 = 1;
+const IPCTNL_MSG_CT_NEW: u16 = 0;
+const IPCTNL_MSG_CT_GET: u16 = 1;
+const IPCTNL_MSG_CT_DELETE: u16 = 2;
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_ID: u16 = 12;
+const CTA_FILTER: u16 = 25;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_IP_V6_DST: u16 = 4;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_DST_PORT: u16 = 3;
+const CTA_FILTER_ORIG_FLAGS: u16 = 1;
+const CTA_FILTER_REPLY_FLAGS: u16 = 2;
+// `net/netfilter/nf_conntrack_netlink.c`, `CTA_FILTER_F_*`
+const FILTER_IP_SRC: u32 = 1 << 0;
+const FILTER_IP_DST: u32 = 1 << 1;
+const FILTER_PROTO_NUM: u32 = 1 << 3;
+const FILTER_PROTO_SRC_PORT: u32 = 1 << 4;
+const FILTER_PROTO_DST_PORT: u32 = 1 << 5;
+
+/// From so many on, one listing of the whole table is cheaper than a walk of it for each.
+const LIST_FROM: usize = 32;
+/// How many batches may wait; with more, the oldest flows end when they pause.
+const QUEUE: usize = 1_024;
+
+/// Hands stale connections to the thread that removes them.
+#[derive(Clone, Debug)]
+pub(crate) struct Cleaner {
+    queue: mpsc::Sender<Vec<Stale>>,
+}
+
+impl Cleaner {
+    /// Starts the thread, in the network namespace of the calling one. It ends when the last
+    /// handle is dropped.
+    ///
+    /// # Errors
+    /// When the kernel has no connection tracking to talk to.
+    pub(crate) fn start(metrics: Metrics) -> io::Result<Self> {
+        let mut table = ConntrackTable::open()?;
+        let (queue, mut batches) = mpsc::channel::<Vec<Stale>>(QUEUE);
+        std::thread::Builder::new().name("proxy-conntrack".into()).spawn(move || {
+            while let Some(mut stale) = batches.blocking_recv() {
+                while let Ok(more) = batches.try_recv() {
+                    stale.extend(more);
+                }
+                let family = stale.first().map(|s| s.frontend.family);
+                let begin = std::time::Instant::now();
+                match table.forget(&stale) {
+                    Ok(deleted) => {
+                        if let Some(family) = family {
+                            metrics.conntrack_cleaned(family, deleted, begin.elapsed());
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, count = stale.len(), "stale UDP connections not removed");
+                    }
+                }
+            }
+        })?;
+        Ok(Self { queue })
+    }
+
+    /// Has these connections forgotten soon.
+    pub(crate) fn forget(&self, stale: Vec<Stale>) {
+        if !stale.is_empty() && self.queue.try_send(stale).is_err() {
+            tracing::warn!("stale UDP connections stay: too many wait to be removed");
+        }
+    }
+}
+
+/// A socket to the connection table.
+pub(crate) struct ConntrackTable {
+    socket: Socket,
+    sequence: u32,
+    /// Whether the kernel deletes by filter; not known until tried.
+    by_filter: bool,
+    buffer: Vec<u8>,
+}
+
+impl ConntrackTable {
+    /// Opens a socket in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// When there is none to be had.
+    pub(crate) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind_auto()?;
+        let _ = socket.set_cap_ack(true);
+        Ok(Self { socket, sequence: 0, by_filter: true, buffer: Vec::new() })
+    }
+
+    /// Removes the connections that went the stale ways. How many are known to have gone: the
+    /// kernel doesn't count what its own filter removed.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub(crate) fn forget(&mut self, stale: &[Stale]) -> io::Result<u64> {
+        let (Some(first), true) = (stale.first(), stale.len() >= LIST_FROM || !self.by_filter)
+        else {
+            for (done, one) in stale.iter().enumerate() {
+                match self.delete_by_filter(one) {
+                    Ok(()) => {}
+                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                    Err(error) => {
+                        tracing::debug!(%error, "the kernel doesn't delete connections by filter");
+                        self.by_filter = false;
+                        return self.forget(&stale[done..]);
+                    }
+                }
+            }
+            return Ok(0);
+        };
+        let family = first.frontend.family;
+        let (same, others): (Vec<_>, Vec<_>) =
+            stale.iter().cloned().partition(|s| s.frontend.family == family);
+        let mut deleted = self.delete_listed(&same)?;
+        if !others.is_empty() {
+            deleted += self.forget(&others)?;
+        }
+        Ok(deleted)
+    }
+
+    fn delete_by_filter(&mut self, stale: &Stale) -> io::Result<()> {
+        let family = stale.frontend.family.protocol_family();
+        let sequence = self.send(IPCTNL_MSG_CT_DELETE, NLM_F_ACK, family, |w| {
+            let mut original = FILTER_PROTO_NUM | FILTER_PROTO_DST_PORT;
+            w.nest(CTA_TUPLE_ORIG, |w| {
+                if let Some(address) = stale.frontend.address {
+                    original |= FILTER_IP_DST;
+                    w.nest(CTA_TUPLE_IP, |w| write_address(w, address, false));
+                }
+                w.nest(CTA_TUPLE_PROTO, |w| {
+                    w.bytes_attribute(CTA_PROTO_NUM, &[stale.frontend.protocol.number()]);
+                    w.bytes_attribute(CTA_PROTO_DST_PORT, &stale.frontend.port.to_be_bytes());
+                });
+            });
+            let mut reply = 0;
+            if let Some(endpoint) = stale.endpoint {
+                reply = FILTER_IP_SRC | FILTER_PROTO_NUM | FILTER_PROTO_SRC_PORT;
+                w.nest(CTA_TUPLE_REPLY, |w| {
+                    w.nest(CTA_TUPLE_IP, |w| write_address(w, endpoint.address, true));
+                    w.nest(CTA_TUPLE_PROTO, |w| {
+                        w.bytes_attribute(CTA_PROTO_NUM, &[stale.frontend.protocol.number()]);
+                        w.bytes_attribute(CTA_PROTO_SRC_PORT, &endpoint.port.to_be_bytes());
+                    });
+                });
+            }
+            // Unlike most of netfilter's numbers these are in the machine's own order.
+            w.nest(CTA_FILTER, |w| {
+                w.bytes_attribute(CTA_FILTER_ORIG_FLAGS, &original.to_ne_bytes());
+                w.bytes_attribute(CTA_FILTER_REPLY_FLAGS, &reply.to_ne_bytes());
+            });
+        })?;
+        self.read_until(sequence, |_| {})
+    }
+
+    fn delete_listed(&mut self, stale: &[Stale]) -> io::Result<u64> {
+        let Some(first) = stale.first() else { return Ok(0) };
+        let family = first.frontend.family.protocol_family();
+        let wanted: std::collections::HashSet<(Option<IpAddr>, u16, Option<(IpAddr, u16)>)> = stale
+            .iter()
+            .map(|s| {
+                let endpoint = s.endpoint.map(|e| (e.address, e.port));
+                (s.frontend.address, s.frontend.port, endpoint)
+            })
+            .collect();
+        let sequence = self.send(IPCTNL_MSG_CT_GET, NLM_F_DUMP, family, |_| {})?;
+        let mut found: Vec<(Vec<u8>, Option<Vec<u8>>)> = Vec::new();
+        self.read_until(sequence, |attributes| {
+            let Some(tuple) = attributes.find(CTA_TUPLE_ORIG) else { return };
+            let (Some(original), Some(reply)) =
+                (read_tuple(tuple), attributes.find(CTA_TUPLE_REPLY).and_then(read_tuple))
+            else {
+                return;
+            };
+            if original.protocol != Protocol::Udp.number() {
+                return;
+            }
+            let endpoint = Some((reply.source, reply.source_port));
+            let matches = [Some(original.destination), None].into_iter().any(|address| {
+                [endpoint, None]
+                    .into_iter()
+                    .any(|e| wanted.contains(&(address, original.destination_port, e)))
+            });
+            if matches {
+                found.push((tuple.to_vec(), attributes.find(CTA_ID).map(<[u8]>::to_vec)));
+            }
+        })?;
+        let mut deleted = 0;
+        for (tuple, id) in found {
+            let sequence = self.send(IPCTNL_MSG_CT_DELETE, NLM_F_ACK, family, |w| {
+                w.bytes_attribute(CTA_TUPLE_ORIG | crate::nftables::uapi::NLA_F_NESTED, &tuple);
+                if let Some(id) = &id {
+                    w.bytes_attribute(CTA_ID, id);
+                }
+            })?;
+            match self.read_until(sequence, |_| {}) {
+                Ok(()) => deleted += 1,
+                // It ended by itself.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(deleted)
+    }
+
+    fn send(
+        &mut self,
+        message: u16,
+        flags: u16,
+        family: u8,
+        body: impl FnOnce(&mut Writer),
+    ) -> io::Result<u32> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut writer = Writer::default();
+        let header = Header {
+            kind: NFNL_SUBSYS_CTNETLINK << 8 | message,
+            flags: NLM_F_REQUEST | flags,
+            sequence: self.sequence,
+            family,
+            resource: 0,
+        };
+        writer.message(header, body);
+        self.socket.send_to(writer.bytes(), &SocketAddr::new(0, 0), 0)?;
+        Ok(self.sequence)
+    }
+
+    fn read_until(
+        &mut self,
+        sequence: u32,
+        mut each: impl FnMut(Attributes<'_>),
+    ) -> io::Result<()> {
+        loop {
+            self.buffer.clear();
+            self.buffer.reserve(64 * 1024);
+            self.socket.recv(&mut self.buffer, 0)?;
+            for message in Messages(&self.buffer).filter(|m| m.sequence == sequence) {
+                match message.kind {
+                    NLMSG_DONE => return Ok(()),
+                    NLMSG_ERROR => {
+                        let code = message.payload.first_chunk().copied().map(i32::from_ne_bytes);
+                        return match code {
+                            Some(0) => Ok(()),
+                            Some(code) => Err(io::Error::from_raw_os_error(-code)),
+                            None => Err(io::ErrorKind::InvalidData.into()),
+                        };
+                    }
+                    kind if kind == NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW => {
+                        each(message.attributes());
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+fn write_address(w: &mut Writer, address: IpAddr, source: bool) {
+    match address {
+        IpAddr::V4(v4) => {
+            w.bytes_attribute(if source { CTA_IP_V4_SRC } else { CTA_IP_V4_DST }, &v4.octets());
+        }
+        IpAddr::V6(v6) => {
+            w.bytes_attribute(if source { CTA_IP_V6_SRC } else { CTA_IP_V6_DST }, &v6.octets());
+        }
+    }
+}
+
+struct Tuple {
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    source_port: u16,
+    destination_port: u16,
+}
+
+fn read_tuple(bytes: &[u8]) -> Option<Tuple> {
+    let tuple = Attributes(bytes);
+    let ip = Attributes(tuple.find(CTA_TUPLE_IP)?);
+    let proto = Attributes(tuple.find(CTA_TUPLE_PROTO)?);
+    let address = |v4: u16, v6: u16| -> Option<IpAddr> {
+        match ip.find(v4) {
+            Some(bytes) => Some(<[u8; 4]>::try_from(bytes).ok()?.into()),
+            None => Some(<[u8; 16]>::try_from(ip.find(v6)?).ok()?.into()),
+        }
+    };
+    let port = |kind| Some(u16::from_be_bytes(*proto.find(kind)?.first_chunk()?));
+    Some(Tuple {
+        source: address(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?,
+        destination: address(CTA_IP_V4_DST, CTA_IP_V6_DST)?,
+        protocol: *proto.find(CTA_PROTO_NUM)?.first()?,
+        source_port: port(CTA_PROTO_SRC_PORT)?,
+        destination_port: port(CTA_PROTO_DST_PORT)?,
+    })
+}

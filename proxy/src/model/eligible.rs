@@ -1,0 +1,192 @@
+//! Which endpoints a service port's traffic may go to.
+
+use std::collections::BTreeMap;
+
+use super::{
+    Endpoint, Family, Protocol,
+    objects::{ServicePort, Slice, SliceEndpoint},
+};
+
+/// The endpoints of one service port in one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Eligible {
+    /// For traffic that may go anywhere.
+    pub(crate) cluster: Vec<Endpoint>,
+    /// For traffic that must stay on this node.
+    pub(crate) local: Vec<Endpoint>,
+    /// Those of either that may be on this node, and so may be their own client.
+    pub(crate) hairpin: Vec<Endpoint>,
+}
+
+impl Eligible {
+    /// Chooses from all slices of a service. An endpoint that several slices name counts once.
+    ///
+    /// Ready endpoints are taken; where there are none, those that still serve while they
+    /// terminate (KEP-1669), on the node and in the cluster each for itself.
+    pub(crate) fn of<'a>(
+        slices: impl IntoIterator<Item = &'a Slice>,
+        port: &ServicePort,
+        family: Family,
+    ) -> Self {
+        let mut endpoints: BTreeMap<Endpoint, SliceEndpoint> = BTreeMap::new();
+        for slice in slices.into_iter().filter(|slice| slice.family == family) {
+            for number in target_ports(slice, &port.name, port.protocol) {
+                for found in slice.endpoints.iter() {
+                    let endpoint = Endpoint { address: found.address, port: number };
+                    endpoints
+                        .entry(endpoint)
+                        .and_modify(|known| *known = merged(*known, *found))
+                        .or_insert(*found);
+                }
+            }
+        }
+        let choose = |among: fn(&SliceEndpoint) -> bool| {
+            let chosen = |wanted: fn(&SliceEndpoint) -> bool| -> Vec<Endpoint> {
+                endpoints
+                    .iter()
+                    .filter(|(_, state)| among(state) && wanted(state))
+                    .map(|(endpoint, _)| *endpoint)
+                    .collect()
+            };
+            let ready = chosen(|state| state.ready);
+            if ready.is_empty() {
+                chosen(|state| state.serving && state.terminating)
+            } else {
+                ready
+            }
+        };
+        let cluster = choose(|_| true);
+        let local = choose(|state| state.local);
+        let hairpin = endpoints
+            .iter()
+            .filter(|(endpoint, state)| {
+                state.maybe_local
+                    && (cluster.binary_search(endpoint).is_ok()
+                        || local.binary_search(endpoint).is_ok())
+            })
+            .map(|(endpoint, _)| *endpoint)
+            .collect();
+        Self { cluster, local, hairpin }
+    }
+}
+
+/// Named ports may differ from slice to slice.
+fn target_ports<'a>(
+    slice: &'a Slice,
+    name: &'a str,
+    protocol: Protocol,
+) -> impl Iterator<Item = u16> + 'a {
+    slice
+        .ports
+        .iter()
+        .filter(move |(n, p, _)| n == name && *p == protocol)
+        .map(|(_, _, number)| *number)
+}
+
+/// Two slices may tell of one endpoint while it moves from one to the other; what says that it can
+/// be used wins, whichever was read first.
+fn merged(a: SliceEndpoint, b: SliceEndpoint) -> SliceEndpoint {
+    SliceEndpoint {
+        address: a.address,
+        ready: a.ready || b.ready,
+        serving: a.serving || b.serving,
+        terminating: a.terminating && b.terminating,
+        local: a.local || b.local,
+        maybe_local: a.maybe_local || b.maybe_local,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use keelson_api::object::ObjectKey;
+
+    use super::*;
+
+    const READY: (bool, bool, bool) = (true, true, false);
+    const DRAINING: (bool, bool, bool) = (false, true, true);
+    const GONE: (bool, bool, bool) = (false, false, true);
+    const STARTING: (bool, bool, bool) = (false, false, false);
+
+    fn endpoint(last: u8, state: (bool, bool, bool), local: bool) -> SliceEndpoint {
+        SliceEndpoint {
+            address: [10, 0, 0, last].into(),
+            ready: state.0,
+            serving: state.1,
+            terminating: state.2,
+            local,
+            maybe_local: local,
+        }
+    }
+
+    fn slice(port: u16, endpoints: &[SliceEndpoint]) -> Slice {
+        Slice {
+            service: ObjectKey::new("d", "s"),
+            family: Family::V4,
+            ports: vec![("web".into(), Protocol::Tcp, port)],
+            endpoints: endpoints.into(),
+            triggered: None,
+        }
+    }
+
+    fn last_bytes(endpoints: &[Endpoint]) -> Vec<u8> {
+        endpoints
+            .iter()
+            .map(|e| match e.address {
+                std::net::IpAddr::V4(v4) => v4.octets()[3],
+                std::net::IpAddr::V6(_) => 0,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn ready_ones_and_else_those_that_drain() {
+        type Case<'a> = (&'a str, &'a [(u8, (bool, bool, bool), bool)], &'a [u8], &'a [u8]);
+        let table: &[Case<'_>] = &[
+            ("ready are taken", &[(1, READY, true), (2, READY, false)], &[1, 2], &[1]),
+            ("starting are not", &[(1, READY, false), (2, STARTING, true)], &[1], &[]),
+            (
+                "draining are not while one is ready",
+                &[(1, READY, true), (2, DRAINING, true)],
+                &[1],
+                &[1],
+            ),
+            (
+                "draining are when none is ready",
+                &[(1, DRAINING, true), (2, GONE, true)],
+                &[1],
+                &[1],
+            ),
+            (
+                "local and cluster each for itself",
+                &[(1, DRAINING, true), (2, READY, false)],
+                &[2],
+                &[1],
+            ),
+            ("nothing", &[], &[], &[]),
+        ];
+        let port =
+            ServicePort { name: "web".into(), protocol: Protocol::Tcp, port: 80, node_port: None };
+        for (what, endpoints, cluster, local) in table {
+            let endpoints: Vec<_> =
+                endpoints.iter().map(|(n, s, l)| endpoint(*n, *s, *l)).collect();
+            let found = Eligible::of(&[slice(8080, &endpoints)], &port, Family::V4);
+            assert_eq!(last_bytes(&found.cluster), *cluster, "{what}");
+            assert_eq!(last_bytes(&found.local), *local, "{what}");
+        }
+    }
+
+    #[test]
+    fn one_in_two_slices_counts_once_and_named_ports_may_differ() {
+        let port =
+            ServicePort { name: "web".into(), protocol: Protocol::Tcp, port: 80, node_port: None };
+        let slices = [
+            slice(8080, &[endpoint(1, READY, true)]),
+            slice(8080, &[endpoint(1, DRAINING, true)]),
+            slice(9090, &[endpoint(2, READY, false)]),
+        ];
+        let found = Eligible::of(&slices, &port, Family::V4);
+        let ports: Vec<_> = found.cluster.iter().map(|e| e.port).collect();
+        assert_eq!((last_bytes(&found.cluster), ports), (vec![1, 2], vec![8080, 9090]));
+        assert!(Eligible::of(&slices, &port, Family::V6).cluster.is_empty());
+    }
+}

@@ -1,0 +1,415 @@
+//! From the API's objects to what the proxy needs of them.
+//!
+//! What is wrong in an object is refused piece by piece and reported; the rest of the object, and
+//! every other object, works on.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::{core::v1 as core, discovery::v1 as discovery},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use keelson_api::object::ObjectKey;
+
+use super::{Family, Problem, Protocol};
+
+/// Services with this label belong to another proxy.
+pub(crate) const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
+/// Headless services carry this label on their slices.
+pub(crate) const HEADLESS: &str = "service.kubernetes.io/headless";
+/// Names the service of a slice.
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// When the change that led to this slice happened.
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+/// `sessionAffinityConfig.clientIP.timeoutSeconds` if it isn't set.
+const AFFINITY_TIMEOUT: Duration = Duration::from_secs(10_800);
+/// The most addresses in one slice; the API has 1,000 as its limit.
+const SLICE_ENDPOINTS: usize = 1_000;
+
+/// Which endpoints traffic may go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TrafficPolicy {
+    /// Any of the cluster's.
+    Cluster,
+    /// This node's only.
+    Local,
+}
+
+impl TrafficPolicy {
+    fn parse(name: Option<&str>) -> Self {
+        if name == Some("Local") { Self::Local } else { Self::Cluster }
+    }
+}
+
+/// One port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ServicePort {
+    pub(crate) name: String,
+    pub(crate) protocol: Protocol,
+    pub(crate) port: u16,
+    pub(crate) node_port: Option<u16>,
+}
+
+/// What the proxy needs of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Service {
+    pub(crate) uid: String,
+    /// Seconds since 1970: of two services that claim one address and port, the older has it.
+    pub(crate) created: i64,
+    pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) ports: Vec<ServicePort>,
+    pub(crate) internal_policy: TrafficPolicy,
+    pub(crate) external_policy: TrafficPolicy,
+    /// How long a client stays with its endpoint.
+    pub(crate) affinity: Option<Duration>,
+}
+
+impl Service {
+    /// Reads a Service. `None` if the proxy has nothing to do with it: it has no address of its
+    /// own (headless), is a DNS matter (ExternalName), or is another proxy's.
+    pub(crate) fn read(object: &core::Service) -> (Option<Self>, Vec<Problem>) {
+        let mut problems = Vec::new();
+        let Some(spec) = &object.spec else { return (None, problems) };
+        let labels = object.metadata.labels.as_ref();
+        if spec.type_.as_deref() == Some("ExternalName")
+            || labels.is_some_and(|l| l.contains_key(SERVICE_PROXY_NAME))
+        {
+            return (None, problems);
+        }
+        let listed = spec.cluster_ips.as_deref().unwrap_or_default();
+        let texts = if listed.is_empty() { spec.cluster_ip.as_slice() } else { listed };
+        if texts.is_empty() || texts.iter().any(|t| t.is_empty() || t == "None") {
+            return (None, problems);
+        }
+        let mut addresses = Vec::new();
+        for text in texts {
+            match service_address(text) {
+                Ok(address) if !addresses.contains(&address) => addresses.push(address),
+                Ok(_) => {}
+                Err(why) => problems.push(Problem::new(
+                    "InvalidClusterIP",
+                    format!("cluster address {text:?} is not served: {why}"),
+                )),
+            }
+        }
+        let external = matches!(spec.type_.as_deref(), Some("NodePort" | "LoadBalancer"));
+        let mut ports: Vec<ServicePort> = Vec::new();
+        for port in spec.ports.iter().flatten() {
+            match service_port(port, external) {
+                Ok(port) => ports.push(port),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        for (what, there) in [
+            ("externalIPs", spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty())),
+            ("load balancer addresses", has_ingress(object)),
+        ] {
+            if there {
+                problems.push(Problem::new(
+                    "NotSupported",
+                    format!("{what} are not served yet; cluster addresses and node ports are"),
+                ));
+            }
+        }
+        let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
+            spec.session_affinity_config
+                .as_ref()
+                .and_then(|config| config.client_ip.as_ref()?.timeout_seconds)
+                .and_then(|seconds| u64::try_from(seconds).ok())
+                .filter(|seconds| (1..=86_400).contains(seconds))
+                .map_or(AFFINITY_TIMEOUT, Duration::from_secs)
+        });
+        let service = Self {
+            uid: object.metadata.uid.clone().unwrap_or_default(),
+            created: created(&object.metadata),
+            addresses,
+            ports,
+            internal_policy: TrafficPolicy::parse(spec.internal_traffic_policy.as_deref()),
+            external_policy: TrafficPolicy::parse(
+                spec.external_traffic_policy.as_deref().filter(|_| external),
+            ),
+            affinity,
+        };
+        (Some(service), problems)
+    }
+}
+
+fn has_ingress(object: &core::Service) -> bool {
+    object
+        .status
+        .as_ref()
+        .and_then(|s| s.load_balancer.as_ref()?.ingress.as_ref())
+        .is_some_and(|ingress| ingress.iter().any(|i| i.ip.is_some()))
+}
+
+fn created(metadata: &ObjectMeta) -> i64 {
+    metadata.creation_timestamp.as_ref().map_or(i64::MAX, |t| t.0.as_second())
+}
+
+fn service_port(port: &core::ServicePort, external: bool) -> Result<ServicePort, Problem> {
+    let name = port.name.clone().unwrap_or_default();
+    let refused = |why: String| {
+        Problem::new("InvalidPort", format!("port {} {name:?} is not served: {why}", port.port))
+    };
+    let protocol = Protocol::parse(port.protocol.as_deref())
+        .ok_or_else(|| refused(format!("protocol {:?} is not known", port.protocol)))?;
+    if protocol == Protocol::Sctp {
+        return Err(refused("SCTP is not supported yet".into()));
+    }
+    let number = port_number(port.port).ok_or_else(|| refused("it is not a port number".into()))?;
+    // 0 is how "none" looks on the wire.
+    let node_port = match port.node_port.filter(|n| external && *n != 0) {
+        None => None,
+        Some(n) => Some(
+            port_number(n).ok_or_else(|| refused(format!("node port {n} is not a port number")))?,
+        ),
+    };
+    Ok(ServicePort { name, protocol, port: number, node_port })
+}
+
+fn port_number(number: i32) -> Option<u16> {
+    u16::try_from(number).ok().filter(|n| *n != 0)
+}
+
+fn service_address(text: &str) -> Result<IpAddr, &'static str> {
+    usable_address(text)
+}
+
+/// An address that traffic may be sent to.
+fn usable_address(text: &str) -> Result<IpAddr, &'static str> {
+    let address: IpAddr = text.parse().map_err(|_| "it is not an address in canonical form")?;
+    let refused = match address {
+        IpAddr::V4(v4) => {
+            if v4.is_link_local() {
+                Some("it is a link-local address")
+            } else if v4.is_broadcast() {
+                Some("it is the broadcast address")
+            } else {
+                None
+            }
+        }
+        IpAddr::V6(v6) => {
+            if v6.is_unicast_link_local() {
+                Some("it is a link-local address")
+            } else if v6.to_ipv4_mapped().is_some() {
+                Some("it is an IPv4 address in IPv6 form")
+            } else {
+                None
+            }
+        }
+    };
+    match refused {
+        Some(why) => Err(why),
+        None if address.is_loopback() => Err("it is a loopback address"),
+        None if address.is_multicast() => Err("it is a multicast address"),
+        None if address.is_unspecified() => Err("it is the unspecified address"),
+        None => Ok(address),
+    }
+}
+
+/// One endpoint of a slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SliceEndpoint {
+    pub(crate) address: IpAddr,
+    pub(crate) ready: bool,
+    pub(crate) serving: bool,
+    pub(crate) terminating: bool,
+    /// Whether it runs on this node.
+    pub(crate) local: bool,
+    /// Whether it may run on this node: so too when its node isn't named.
+    pub(crate) maybe_local: bool,
+}
+
+/// What the proxy needs of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Slice {
+    pub(crate) service: ObjectKey,
+    pub(crate) family: Family,
+    pub(crate) ports: Vec<(String, Protocol, u16)>,
+    pub(crate) endpoints: Arc<[SliceEndpoint]>,
+    /// When the change that this slice tells of happened.
+    pub(crate) triggered: Option<Timestamp>,
+}
+
+impl Slice {
+    /// Reads an EndpointSlice as the node called `node` sees it. `None` if it belongs to no
+    /// service or holds names, not addresses.
+    pub(crate) fn read(
+        object: &discovery::EndpointSlice,
+        node: &str,
+    ) -> (Option<Self>, Vec<Problem>) {
+        let mut problems = Vec::new();
+        let labels = object.metadata.labels.as_ref();
+        let label = |name: &str| labels.and_then(|l| l.get(name)).map(String::as_str);
+        let family = match object.address_type.as_str() {
+            "IPv4" => Family::V4,
+            "IPv6" => Family::V6,
+            _ => return (None, problems),
+        };
+        let Some(service) = label(SERVICE_NAME).filter(|name| !name.is_empty()) else {
+            return (None, problems);
+        };
+        if label(HEADLESS).is_some() || label(SERVICE_PROXY_NAME).is_some() {
+            return (None, problems);
+        }
+        let name = object.metadata.name.as_deref().unwrap_or_default();
+        let mut ports = Vec::new();
+        for port in object.ports.iter().flatten() {
+            let protocol = Protocol::parse(port.protocol.as_deref());
+            // A port without a number stands for all ports, which a proxy can't serve.
+            let (Some(protocol), Some(number)) = (protocol, port.port) else { continue };
+            match port_number(number) {
+                Some(number) => {
+                    ports.push((port.name.clone().unwrap_or_default(), protocol, number));
+                }
+                None => problems.push(Problem::new(
+                    "InvalidEndpointSlice",
+                    format!("port {number} of slice {name} is not a port number and is left out"),
+                )),
+            }
+        }
+        let listed = object.endpoints.as_deref().unwrap_or_default();
+        if listed.len() > SLICE_ENDPOINTS {
+            problems.push(Problem::new(
+                "InvalidEndpointSlice",
+                format!(
+                    "slice {name} has {} endpoints; those after the first {SLICE_ENDPOINTS} are left out",
+                    listed.len()
+                ),
+            ));
+        }
+        let mut endpoints = Vec::new();
+        for endpoint in listed.iter().take(SLICE_ENDPOINTS) {
+            // All addresses of an endpoint are the same place; the first is the one to use.
+            let Some(text) = endpoint.addresses.first() else { continue };
+            match usable_address(text) {
+                Ok(address) if Family::of(address) == family => {
+                    endpoints.push(slice_endpoint(address, endpoint, node));
+                }
+                Ok(_) => problems.push(Problem::new(
+                    "InvalidEndpointSlice",
+                    format!(
+                        "endpoint {text:?} of slice {name} is left out: it is not {}",
+                        family.as_str()
+                    ),
+                )),
+                Err(why) => problems.push(Problem::new(
+                    "InvalidEndpointSlice",
+                    format!("endpoint {text:?} of slice {name} is left out: {why}"),
+                )),
+            }
+        }
+        let triggered = object
+            .metadata
+            .annotations
+            .as_ref()
+            .and_then(|a| a.get(TRIGGER_TIME)?.parse::<Timestamp>().ok());
+        let namespace = object.metadata.namespace.clone().unwrap_or_default();
+        let slice = Self {
+            service: ObjectKey::new(namespace, service),
+            family,
+            ports,
+            endpoints: endpoints.into(),
+            triggered,
+        };
+        (Some(slice), problems)
+    }
+}
+
+fn slice_endpoint(address: IpAddr, endpoint: &discovery::Endpoint, node: &str) -> SliceEndpoint {
+    let conditions = endpoint.conditions.as_ref();
+    // Absent means ready (discovery.k8s.io/v1, EndpointConditions).
+    let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
+    let local = endpoint.node_name.as_deref() == Some(node);
+    SliceEndpoint {
+        address,
+        ready,
+        serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
+        terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
+        local,
+        maybe_local: local || endpoint.node_name.is_none(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn slice(value: serde_json::Value) -> (Option<Slice>, Vec<Problem>) {
+        Slice::read(&serde_json::from_value(value).unwrap(), "here")
+    }
+
+    fn service(value: serde_json::Value) -> (Option<Service>, Vec<Problem>) {
+        let object = json!({"metadata": {"name": "s", "namespace": "d"}, "spec": value});
+        Service::read(&serde_json::from_value(object).unwrap())
+    }
+
+    #[test]
+    fn services_without_an_address_are_ignored() {
+        for spec in [
+            json!({"clusterIP": "None", "ports": [{"port": 80}]}),
+            json!({"type": "ExternalName", "externalName": "example.org"}),
+            json!({"ports": [{"port": 80}]}),
+            json!({"clusterIP": "", "ports": [{"port": 80}]}),
+        ] {
+            assert_eq!(service(spec.clone()), (None, vec![]), "{spec}");
+        }
+    }
+
+    #[test]
+    fn a_bad_port_or_address_leaves_the_others_alone() {
+        let (read, problems) = service(json!({
+            "type": "NodePort", "clusterIP": "10.96.0.5", "clusterIPs": ["10.96.0.5", "127.0.0.1"],
+            "ports": [{"port": 80, "nodePort": 30080}, {"port": 0}, {"port": 81, "protocol": "X"},
+                      {"port": 53, "protocol": "UDP", "name": "dns"}],
+        }));
+        let read = read.unwrap();
+        assert_eq!(read.addresses, ["10.96.0.5".parse::<IpAddr>().unwrap()]);
+        assert_eq!(read.ports.iter().map(|p| p.port).collect::<Vec<_>>(), [80, 53]);
+        assert_eq!(read.ports[0].node_port, Some(30080));
+        assert_eq!(problems.len(), 3, "{problems:?}");
+    }
+
+    #[test]
+    fn addresses_that_are_no_ones_are_refused() {
+        for text in [
+            "127.0.0.1",
+            "169.254.1.1",
+            "224.0.0.1",
+            "0.0.0.0",
+            "255.255.255.255",
+            "010.0.0.1",
+            "::1",
+            "fe80::1",
+            "ff02::1",
+            "::ffff:10.0.0.1",
+            "",
+            "web",
+        ] {
+            assert!(usable_address(text).is_err(), "{text}");
+        }
+        assert!(usable_address("10.0.0.1").is_ok() && usable_address("fd00::1").is_ok());
+    }
+
+    #[test]
+    fn absent_conditions_mean_ready_and_serving() {
+        let (read, problems) = slice(json!({
+            "metadata": {"name": "s-1", "namespace": "d", "labels": {"kubernetes.io/service-name": "s"}},
+            "addressType": "IPv4", "ports": [{"name": "", "port": 80}, {"name": "all"}, {"name": "z", "port": 0}],
+            "endpoints": [
+                {"addresses": ["10.0.0.1"], "nodeName": "here"},
+                {"addresses": ["10.0.0.2"], "conditions": {"ready": false, "serving": true, "terminating": true}},
+                {"addresses": ["127.0.0.1"]}, {"addresses": ["fd00::1"]}, {"addresses": []},
+            ],
+        }));
+        let read = read.unwrap();
+        assert_eq!(read.ports, [(String::new(), Protocol::Tcp, 80)]);
+        assert_eq!(problems.len(), 3, "{problems:?}");
+        let [first, second] = &read.endpoints[..] else { panic!("{:?}", read.endpoints) };
+        assert!(first.ready && first.serving && !first.terminating && first.local);
+        assert!(!second.ready && second.serving && second.terminating && second.maybe_local);
+    }
+}

@@ -1,0 +1,31 @@
+//! The nftables backend: the proxy's table in the kernel, written over netlink.
+//!
+//! ```text
+//!   desired units ─► held.plan ─► elements ─► batch ─► socket ─► kernel, all or nothing
+//!                      ▲                                 │
+//!                      └──── held: what it has taken ◄───┘
+//! ```
+//!
+//! [`layout`] has the chains and rules, which don't depend on Services at all; [`held`] turns units
+//! into elements of maps and back; [`batch`], [`expression`] and [`attribute`] are the encoder;
+//! [`socket`] talks to the kernel; [`observe`] reads back; [`apply`] writes; [`monitor`] hears of
+//! others who write. The packet's path is drawn in the crate's `README.md`.
+//!
+//! The number of chains and rules doesn't grow with Services, and the cost of a change doesn't
+//! either. What another program may see is never half a change.
+
+pub(crate) mod apply;
+pub(crate) mod attribute;
+pub(crate) mod batch;
+pub(crate) mod expression;
+pub(crate) mod held;
+pub(crate) mod layout;
+pub(crate) mod monitor;
+pub(crate) mod observe;
+pub(crate) mod socket;
+pub(crate) mod uapi;
+
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod packets;

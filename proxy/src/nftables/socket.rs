@@ -1,0 +1,317 @@
+//! The netlink socket that transactions and questions go through.
+//!
+//! Netlink is synchronous: the kernel has done all, and queued its answers, when `send` returns.
+//! So nothing here waits, and a commit is one system call and one or two reads.
+
+use std::{io, os::fd::AsRawFd};
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+
+use super::{
+    attribute::{Attributes, Header, Message, Messages, Writer},
+    batch::Batch,
+    uapi::*,
+};
+use crate::model::Family;
+
+/// How many times a listing that a commit of somebody else tore is begun again.
+const LISTING_TRIES: usize = 10;
+/// The kernel's messages fit in one read of this size.
+const READ_BYTES: usize = 256 * 1024;
+
+/// Why the kernel's tables could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NftError {
+    /// The kernel refused a message, and with it the whole transaction.
+    #[error("{subject}: {source}{}", explanation.as_ref().map(|e| format!(" ({e})")).unwrap_or_default())]
+    Refused {
+        /// What the message was about.
+        subject: String,
+        /// What the kernel said in words, if it did.
+        explanation: Option<String>,
+        /// What the kernel said as a number.
+        source: io::Error,
+    },
+    /// The socket failed.
+    #[error("{doing}: {source}")]
+    Socket {
+        /// What was being done.
+        doing: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The kernel's answers didn't fit in the socket's buffer, so nobody knows what happened.
+    #[error("the kernel's answers to a transaction were lost")]
+    AnswersLost,
+    /// Others changed the tables all the while they were being listed.
+    #[error("the tables changed {LISTING_TRIES} times while they were being listed")]
+    Restless,
+}
+
+impl NftError {
+    /// The error number, if the kernel gave one.
+    pub(crate) fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Refused { source, .. } | Self::Socket { source, .. } => source.raw_os_error(),
+            Self::AnswersLost | Self::Restless => None,
+        }
+    }
+}
+
+fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> NftError {
+    move |source| NftError::Socket { doing, source }
+}
+
+/// A socket to the kernel's tables.
+#[derive(Debug)]
+pub(crate) struct NftSocket {
+    socket: Socket,
+    port: u32,
+    send_limit: usize,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl NftSocket {
+    /// Opens a socket in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// When the kernel has no netfilter sockets or the process may not have one.
+    pub(crate) fn open() -> Result<Self, NftError> {
+        let mut socket =
+            Socket::new(NETLINK_NETFILTER).map_err(failed("open a netfilter socket"))?;
+        let address = socket.bind_auto().map_err(failed("bind a netfilter socket"))?;
+        socket.set_non_blocking(true).map_err(failed("set up a netfilter socket"))?;
+        // Answers without a copy of the question, and with an explanation; both only help.
+        let _ = socket.set_cap_ack(true);
+        let _ = socket.set_ext_ack(true);
+        force_buffer(&socket, libc::SO_RCVBUFFORCE, 4 << 20);
+        Ok(Self {
+            port: address.port_number(),
+            socket,
+            send_limit: 0,
+            sequence: 0,
+            buffer: Vec::new(),
+        })
+    }
+
+    /// The number by which the kernel names this socket in its notifications.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Carries out a transaction.
+    ///
+    /// # Errors
+    /// [`NftError::Refused`] with the first message that the kernel refused; then nothing of the
+    /// transaction was done.
+    pub(crate) fn commit(&mut self, batch: &mut Batch) -> Result<(), NftError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        batch.finish();
+        self.transact(batch)
+    }
+
+    /// Has the kernel check a transaction without doing it.
+    ///
+    /// # Errors
+    /// As [`Self::commit`].
+    pub(crate) fn check(&mut self, batch: &mut Batch) -> Result<(), NftError> {
+        batch.finish_unclosed();
+        self.transact(batch)
+    }
+
+    fn transact(&mut self, batch: &Batch) -> Result<(), NftError> {
+        let length = batch.bytes().len();
+        if length > self.send_limit {
+            // A load is several megabytes. The kernel counts its own overhead too and wants the
+            // whole batch in one piece.
+            self.send_limit = length.saturating_mul(2).max(1 << 20);
+            force_buffer(&self.socket, libc::SO_SNDBUFFORCE, self.send_limit);
+        }
+        self.send(batch.bytes(), "send a transaction")?;
+        let last = batch.last_sequence();
+        let mut done = false;
+        let mut refusal = None;
+        while let Some(messages) = self.read_some()? {
+            for message in Messages(messages) {
+                let Some(code) = error_code(&message) else { continue };
+                if code != 0 && refusal.is_none() {
+                    let subject = batch.subject(message.sequence).map_or_else(
+                        || "the transaction".to_owned(),
+                        std::string::ToString::to_string,
+                    );
+                    refusal = Some(refused(subject, code, &message));
+                }
+                done |= code == 0 && message.sequence == last;
+            }
+            if done {
+                break;
+            }
+        }
+        match refusal {
+            Some(refusal) => Err(refusal),
+            None if done => Ok(()),
+            None => Err(NftError::AnswersLost),
+        }
+    }
+
+    /// Lists what `message` (a `NFT_MSG_GET*`) lists, handing each answer to `each`.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or when others keep changing what is being listed.
+    pub(crate) fn list(
+        &mut self,
+        family: Family,
+        message: u8,
+        attributes: impl Fn(&mut Writer),
+        mut each: impl FnMut(Message<'_>),
+        mut restart: impl FnMut(),
+    ) -> Result<(), NftError> {
+        for _ in 0..LISTING_TRIES {
+            let sequence = self.ask(family, message, NLM_F_DUMP, &attributes)?;
+            if self.read_listing(sequence, &mut each)? {
+                return Ok(());
+            }
+            restart();
+        }
+        Err(NftError::Restless)
+    }
+
+    /// The generation of the tables: it grows with every commit, whoever's.
+    ///
+    /// # Errors
+    /// When the kernel doesn't say.
+    pub(crate) fn generation(&mut self) -> Result<u32, NftError> {
+        let sequence = self.ask(Family::V4, NFT_MSG_GETGEN, 0, |_| {})?;
+        let mut generation = None;
+        while let Some(messages) = self.read_some()? {
+            for message in Messages(messages).filter(|m| m.sequence == sequence) {
+                if let Some(code) = error_code(&message)
+                    && code != 0
+                {
+                    return Err(refused("the generation".into(), code, &message));
+                }
+                if message.kind & 0xff == u16::from(NFT_MSG_NEWGEN) {
+                    generation = message.attributes().find_u32(NFTA_GEN_ID);
+                }
+            }
+            if let Some(generation) = generation {
+                return Ok(generation);
+            }
+        }
+        Err(NftError::AnswersLost)
+    }
+
+    fn ask(
+        &mut self,
+        family: Family,
+        message: u8,
+        flags: u16,
+        attributes: impl Fn(&mut Writer),
+    ) -> Result<u32, NftError> {
+        self.sequence = self.sequence.wrapping_add(1).max(1);
+        let mut writer = Writer::default();
+        let header = Header {
+            kind: u16::from(NFNL_SUBSYS_NFTABLES) << 8 | u16::from(message),
+            flags: NLM_F_REQUEST | flags,
+            sequence: self.sequence,
+            family: family.protocol_family(),
+            resource: 0,
+        };
+        writer.message(header, attributes);
+        self.send(writer.bytes(), "ask for the tables")?;
+        Ok(self.sequence)
+    }
+
+    /// Reads to the end of a listing. False if it was torn.
+    fn read_listing(
+        &mut self,
+        sequence: u32,
+        each: &mut impl FnMut(Message<'_>),
+    ) -> Result<bool, NftError> {
+        let mut torn = false;
+        while let Some(messages) = self.read_some()? {
+            for message in Messages(messages).filter(|m| m.sequence == sequence) {
+                torn |= message.flags & NLM_F_DUMP_INTR != 0;
+                if message.kind == NLMSG_DONE {
+                    return Ok(!torn);
+                }
+                match error_code(&message) {
+                    Some(code) if code == -libc::EINTR => return Ok(false),
+                    // What isn't there has nothing to list.
+                    Some(code) if code == -libc::ENOENT => return Ok(true),
+                    Some(code) if code != 0 => {
+                        return Err(refused("a listing".into(), code, &message));
+                    }
+                    Some(_) => {}
+                    None => each(message),
+                }
+            }
+        }
+        Err(NftError::AnswersLost)
+    }
+
+    fn send(&self, bytes: &[u8], doing: &'static str) -> Result<(), NftError> {
+        let kernel = SocketAddr::new(0, 0);
+        self.socket.send_to(bytes, &kernel, 0).map_err(failed(doing))?;
+        Ok(())
+    }
+
+    /// What waits to be read, or nothing.
+    fn read_some(&mut self) -> Result<Option<&[u8]>, NftError> {
+        self.buffer.clear();
+        self.buffer.reserve(READ_BYTES);
+        match self.socket.recv(&mut self.buffer, 0) {
+            Ok(_) => Ok(Some(&self.buffer)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Err(NftError::AnswersLost),
+            Err(source) => Err(NftError::Socket { doing: "read the kernel's answer", source }),
+        }
+    }
+}
+
+/// Sets a buffer's size past the system's limit, and as far as the limit where that isn't allowed.
+pub(crate) fn force_buffer(socket: &Socket, option: libc::c_int, bytes: usize) {
+    let set = |option: libc::c_int| {
+        let size = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+        // SAFETY: the descriptor is open for as long as `socket` is borrowed, and the option's
+        // value is an int that lives across the call.
+        unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                option,
+                std::ptr::from_ref(&size).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            ) == 0
+        }
+    };
+    if !set(option) {
+        let plain = if option == libc::SO_SNDBUFFORCE { libc::SO_SNDBUF } else { libc::SO_RCVBUF };
+        set(plain);
+    }
+}
+
+/// The code of an answer that says whether a request was done: 0 if it was.
+fn error_code(message: &Message<'_>) -> Option<i32> {
+    if message.kind != NLMSG_ERROR {
+        return None;
+    }
+    message.payload.first_chunk().copied().map(i32::from_ne_bytes)
+}
+
+fn refused(subject: String, code: i32, message: &Message<'_>) -> NftError {
+    // error code, then the header of the refused message, its body unless capped, then attributes.
+    let explanation = (message.flags & NLM_F_ACK_TLVS != 0)
+        .then(|| {
+            let quoted =
+                message.payload.get(4..8)?.first_chunk().copied().map(u32::from_ne_bytes)?;
+            let skip = if message.flags & NLM_F_CAPPED != 0 { 16 } else { quoted as usize };
+            let attributes = message.payload.get(4 + skip.next_multiple_of(4)..)?;
+            Attributes(attributes).find_text(NLMSGERR_ATTR_MSG).map(str::to_owned)
+        })
+        .flatten();
+    NftError::Refused { subject, explanation, source: io::Error::from_raw_os_error(-code) }
+}

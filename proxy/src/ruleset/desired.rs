@@ -1,0 +1,254 @@
+//! The whole desired ruleset, kept by unit, changed one Service at a time.
+//!
+//! Two Services may claim one frontend (the API server prevents it, but a proxy sees states in
+//! between). The older one has it; of the same age, the first by name. So the result depends only
+//! on what there is and not on the order in which it came.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use keelson_api::object::ObjectKey;
+
+use super::{Action, AddressSet, Frontend, Unit};
+
+/// What one Service wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ServiceRules {
+    /// When the Service was created, in seconds since 1970.
+    pub(crate) created: i64,
+    /// Its frontends.
+    pub(crate) frontends: Vec<(Frontend, Action)>,
+    /// Addresses in sets, each once.
+    pub(crate) addresses: Vec<(AddressSet, IpAddr)>,
+}
+
+/// Who claims a frontend; the smallest has it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Claimant {
+    created: i64,
+    service: Arc<ObjectKey>,
+}
+
+#[derive(Debug)]
+struct Claim {
+    by: Claimant,
+    action: Action,
+}
+
+/// What a change of one Service came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// Units that may have to be written.
+    pub(crate) dirty: Vec<Unit>,
+    /// Frontends that the Service wants and another one has.
+    pub(crate) taken: Vec<(Frontend, Arc<ObjectKey>)>,
+}
+
+/// Everything that the kernel should hold.
+#[derive(Debug, Default)]
+pub(crate) struct Desired {
+    frontends: HashMap<Frontend, Claim>,
+    /// Who else wants a frontend.
+    waiting: HashMap<Frontend, BTreeMap<Claimant, Action>>,
+    addresses: HashMap<(AddressSet, IpAddr), u32>,
+    services: HashMap<Arc<ObjectKey>, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    created: i64,
+    frontends: Box<[Frontend]>,
+    addresses: Box<[(AddressSet, IpAddr)]>,
+}
+
+impl Desired {
+    /// What a frontend's traffic should do; `None` if there should be no such frontend.
+    pub(crate) fn action(&self, frontend: &Frontend) -> Option<&Action> {
+        self.frontends.get(frontend).map(|claim| &claim.action)
+    }
+
+    /// Whether an address should be in a set.
+    pub(crate) fn has_address(&self, set: AddressSet, address: IpAddr) -> bool {
+        self.addresses.contains_key(&(set, address))
+    }
+
+    /// Which Service a frontend belongs to.
+    pub(crate) fn owner(&self, frontend: &Frontend) -> Option<&ObjectKey> {
+        self.frontends.get(frontend).map(|claim| &*claim.by.service)
+    }
+
+    /// Everything that should be there.
+    pub(crate) fn units(&self) -> impl Iterator<Item = Unit> + '_ {
+        let addresses = self.addresses.keys().map(|(set, address)| Unit::Address(*set, *address));
+        addresses.chain(self.frontends.keys().map(|frontend| Unit::Frontend(*frontend)))
+    }
+
+    /// Every frontend and what becomes of its traffic.
+    pub(crate) fn frontends(&self) -> impl Iterator<Item = (&Frontend, &Action)> {
+        self.frontends.iter().map(|(frontend, claim)| (frontend, &claim.action))
+    }
+
+    /// Puts in place what a Service wants now (`None` if it is gone), instead of what it wanted.
+    pub(crate) fn replace(&mut self, service: &ObjectKey, rules: Option<ServiceRules>) -> Outcome {
+        let mut outcome = Outcome::default();
+        let (key, before) = match self.services.remove_entry(service) {
+            Some((key, entry)) => (key, Some(entry)),
+            None => (Arc::new(service.clone()), None),
+        };
+        let rules = rules.filter(|r| !r.frontends.is_empty() || !r.addresses.is_empty());
+        let mut dirty = HashSet::new();
+
+        // Addresses: first the new ones, so that a count that stays doesn't pass through zero.
+        for address in rules.iter().flat_map(|r| &r.addresses) {
+            let count = self.addresses.entry(*address).or_insert(0);
+            *count += 1;
+            if *count == 1 {
+                dirty.insert(Unit::Address(address.0, address.1));
+            }
+        }
+        for address in before.iter().flat_map(|entry| &entry.addresses) {
+            if let Some(count) = self.addresses.get_mut(address) {
+                *count -= 1;
+                if *count == 0 {
+                    self.addresses.remove(address);
+                    dirty.insert(Unit::Address(address.0, address.1));
+                }
+            }
+        }
+
+        let created = rules.as_ref().map_or(0, |r| r.created);
+        let wanted: HashMap<Frontend, &Action> =
+            rules.iter().flat_map(|r| &r.frontends).map(|(f, a)| (*f, a)).collect();
+        if let Some(entry) = &before {
+            let by = Claimant { created: entry.created, service: Arc::clone(&key) };
+            for frontend in &entry.frontends {
+                if entry.created != created || !wanted.contains_key(frontend) {
+                    self.withdraw(frontend, &by);
+                    dirty.insert(Unit::Frontend(*frontend));
+                }
+            }
+        }
+        for (frontend, action) in &wanted {
+            let by = Claimant { created, service: Arc::clone(&key) };
+            if self.claim(*frontend, by, (*action).clone()) {
+                dirty.insert(Unit::Frontend(*frontend));
+            }
+            if let Some(claim) = self.frontends.get(frontend)
+                && claim.by.service != key
+            {
+                outcome.taken.push((*frontend, Arc::clone(&claim.by.service)));
+            }
+        }
+        if let Some(rules) = &rules {
+            let entry = Entry {
+                created,
+                frontends: wanted.keys().copied().collect(),
+                addresses: rules.addresses.clone().into(),
+            };
+            self.services.insert(key, entry);
+        }
+        outcome.dirty = dirty.into_iter().collect();
+        // The same change is written in the same order each time.
+        outcome.dirty.sort_unstable();
+        outcome.taken.sort_unstable();
+        outcome
+    }
+
+    /// Enters a claim. Whether what the frontend does may have changed.
+    fn claim(&mut self, frontend: Frontend, by: Claimant, action: Action) -> bool {
+        let Some(present) = self.frontends.get_mut(&frontend) else {
+            self.frontends.insert(frontend, Claim { by, action });
+            return true;
+        };
+        if present.by == by {
+            let changed = present.action != action;
+            present.action = action;
+            return changed;
+        }
+        let wins = by < present.by;
+        let loser = if wins {
+            std::mem::replace(present, Claim { by, action })
+        } else {
+            Claim { by, action }
+        };
+        self.waiting.entry(frontend).or_default().insert(loser.by, loser.action);
+        wins
+    }
+
+    fn withdraw(&mut self, frontend: &Frontend, by: &Claimant) {
+        if let Some(waiting) = self.waiting.get_mut(frontend) {
+            waiting.remove(by);
+        }
+        if self.frontends.get(frontend).is_some_and(|claim| claim.by == *by) {
+            let next = self.waiting.get_mut(frontend).and_then(BTreeMap::pop_first);
+            match next {
+                Some((by, action)) => self.frontends.insert(*frontend, Claim { by, action }),
+                None => self.frontends.remove(frontend),
+            };
+        }
+        if self.waiting.get(frontend).is_some_and(BTreeMap::is_empty) {
+            self.waiting.remove(frontend);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Lane, *};
+    use crate::model::{Family, Protocol};
+
+    fn frontend(port: u16) -> Frontend {
+        Frontend {
+            family: Family::V4,
+            lane: Lane::NodePort,
+            address: None,
+            protocol: Protocol::Tcp,
+            port,
+        }
+    }
+
+    fn rules(created: i64, port: u16, action: Action) -> Option<ServiceRules> {
+        Some(ServiceRules {
+            created,
+            frontends: vec![(frontend(port), action)],
+            addresses: vec![(AddressSet::Hairpin, [10, 0, 0, 1].into())],
+        })
+    }
+
+    #[test]
+    fn the_older_service_has_a_port_whichever_came_first() {
+        let (old, new) = (ObjectKey::new("d", "old"), ObjectKey::new("d", "new"));
+        for order in [[&old, &new], [&new, &old]] {
+            let mut desired = Desired::default();
+            for service in order {
+                let created = if service == &old { 1 } else { 2 };
+                let action = if service == &old { Action::Drop } else { Action::Reject };
+                desired.replace(service, rules(created, 30_000, action));
+            }
+            assert_eq!(desired.action(&frontend(30_000)), Some(&Action::Drop));
+            assert_eq!(desired.owner(&frontend(30_000)), Some(&old));
+            let outcome = desired.replace(&old, None);
+            assert!(outcome.dirty.contains(&Unit::Frontend(frontend(30_000))));
+            assert_eq!(desired.action(&frontend(30_000)), Some(&Action::Reject));
+            desired.replace(&new, None);
+            assert_eq!(desired.units().count(), 0);
+            assert!(desired.waiting.is_empty() && desired.services.is_empty());
+        }
+    }
+
+    #[test]
+    fn the_same_again_touches_nothing() {
+        let mut desired = Desired::default();
+        let key = ObjectKey::new("d", "s");
+        assert_eq!(desired.replace(&key, rules(1, 30_000, Action::Drop)).dirty.len(), 2);
+        assert!(desired.replace(&key, rules(1, 30_000, Action::Drop)).dirty.is_empty());
+        let other = ObjectKey::new("d", "t");
+        let outcome = desired.replace(&other, rules(2, 30_000, Action::Drop));
+        assert_eq!(outcome.dirty, []);
+        assert_eq!(outcome.taken.len(), 1);
+        assert!(desired.has_address(AddressSet::Hairpin, [10, 0, 0, 1].into()));
+    }
+}

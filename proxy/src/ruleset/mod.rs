@@ -1,0 +1,115 @@
+//! What the kernel should hold, independent of how a backend writes it.
+//!
+//! A ruleset is two kinds of small independent things, called [`Unit`]s: *frontends* (an address
+//! and port that clients use, with the endpoints behind it) and *addresses* in a few sets. A change
+//! of a Service touches a few units, and only those are planned and written.
+
+pub(crate) mod desired;
+pub(crate) mod slots;
+
+use std::{fmt, net::IpAddr, time::Duration};
+
+use crate::model::{Endpoint, Family, Protocol};
+
+/// Traffic that finds its endpoints in maps of its own.
+///
+/// One address and port may have several sets of endpoints, depending on where the client is; each
+/// is a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Lane {
+    /// Cluster addresses, for everybody.
+    Cluster,
+    /// Node ports, for clients from outside the cluster, and for all if there is no other lane.
+    NodePort,
+    /// Node ports for clients from inside, where `externalTrafficPolicy: Local` keeps those from
+    /// outside on this node's endpoints.
+    NodePortInside,
+}
+
+impl Lane {
+    /// Every lane.
+    pub(crate) const ALL: [Self; 3] = [Self::Cluster, Self::NodePort, Self::NodePortInside];
+}
+
+/// What a client connects to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Frontend {
+    pub(crate) family: Family,
+    pub(crate) lane: Lane,
+    /// Node ports have none: they are on every address of the node.
+    pub(crate) address: Option<IpAddr>,
+    pub(crate) protocol: Protocol,
+    pub(crate) port: u16,
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            Some(address) => {
+                write!(f, "{} {}", self.protocol, std::net::SocketAddr::new(address, self.port))
+            }
+            None => {
+                write!(f, "{} node port {} ({})", self.protocol, self.port, self.family.as_str())
+            }
+        }
+    }
+}
+
+/// Whose source address is hidden behind the node's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Masquerade {
+    /// That of clients outside the pods' range, as configured.
+    OffCluster,
+    /// Everybody's.
+    Always,
+    /// Nobody's: the endpoints are on this node and see the client's address.
+    Never,
+}
+
+/// What happens to a frontend's traffic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// It goes to one of these (sorted, none twice, at least one).
+    Forward {
+        /// The choice.
+        endpoints: Box<[Endpoint]>,
+        /// Whose address they see.
+        masquerade: Masquerade,
+        /// How long a client stays with its endpoint.
+        affinity: Option<Duration>,
+    },
+    /// It is dropped: there are endpoints, but none on this node, where the policy wants them.
+    Drop,
+    /// It is answered with a reset or port unreachable: there is no endpoint at all.
+    Reject,
+}
+
+/// A set of addresses that rules look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum AddressSet {
+    /// Addresses of services: what is sent to them and belongs to no port is rejected.
+    ClusterAddresses,
+    /// Endpoints that may be their own client.
+    Hairpin,
+    /// Addresses of this node that answer on node ports.
+    NodeAddresses,
+}
+
+/// The smallest thing that is planned and written by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Unit {
+    /// An address in a set.
+    Address(AddressSet, IpAddr),
+    /// A frontend with all that belongs to it.
+    Frontend(Frontend),
+}
+
+impl Unit {
+    /// Which table it stands in.
+    pub(crate) fn family(&self) -> Family {
+        match self {
+            Self::Address(_, address) => Family::of(*address),
+            Self::Frontend(frontend) => frontend.family,
+        }
+    }
+}
