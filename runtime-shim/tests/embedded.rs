@@ -234,8 +234,8 @@ fn what_is_asked_for_is_enforced() {
     in_namespaces("what_is_asked_for_is_enforced", async {
         let node = Node::start().await;
         let pod = node.pod("one", |_| {}).await;
-        let script = "grep Seccomp: /proc/self/status; id; mount -t tmpfs x /mnt || echo no mount; \
-            mknod /tmp/disk b 7 0; cat /tmp/disk || echo no device; \
+        let script = "grep Seccomp: /proc/self/status; id; mount -t tmpfs x /etc || echo no mount; \
+            mknod /disk b 7 0; ls /disk; cat /disk || echo no device; \
             cat /dev/zero | head -c 3 | wc -c; touch /sys/x || echo no sys; \
             echo 1 > /proc/sys/net/ipv4/ip_forward || echo no proc; \
             ls /sys/fs/cgroup; echo 1 > /sys/fs/cgroup/memory/memory.limit_in_bytes || echo no cgroup; \
@@ -249,6 +249,7 @@ fn what_is_asked_for_is_enforced() {
             "uid=0",
             "no mount",
             "no device",
+            "F /disk",
             " 3\n",
             "no sys",
             "no proc",
@@ -295,6 +296,87 @@ fn what_is_asked_for_is_enforced() {
         assert!(error.contains("/no/such"), "{error}");
         let status = node.runtime.container_status(&missing).await.unwrap();
         assert_eq!((status.exit_code, status.reason.as_str()), (Some(128), "StartError"));
+        node.end().await;
+    });
+}
+
+#[test]
+fn privileges_mounts_and_limits_are_given_as_asked() {
+    in_namespaces("privileges_mounts_and_limits_are_given_as_asked", async {
+        let node = Node::start().await;
+        let pod = node
+            .pod("one", |c| {
+                c.sysctls =
+                    [("net.ipv4.ip_unprivileged_port_start", "100"), ("kernel.shmmni", "77")]
+                        .map(|(k, v)| (k.to_owned(), v.to_owned()))
+                        .into();
+                c.dns =
+                    Some(DnsConfig { servers: vec!["10.96.0.10".into()], ..DnsConfig::default() });
+            })
+            .await;
+        let shared = tempfile::tempdir().unwrap();
+        std::fs::write(shared.path().join("file"), "from the host").unwrap();
+        let mount = |path: &str, readonly| Mount {
+            container_path: path.into(),
+            host_path: shared.path().into(),
+            readonly,
+            recursive_readonly: readonly,
+            propagation: MountPropagation::Private,
+        };
+        let script = "grep CapBnd /proc/self/status; cat /etc/resolv.conf; mount -t tmpfs x /etc && echo mounted; umount /etc; \
+            cat /dev/full | head -c 1 | wc -c; cat /data/file; echo written > /data/new; \
+            touch /fixed/x || echo fixed; cat /proc/sys/net/ipv4/ip_unprivileged_port_start \
+            /proc/sys/kernel/shmmni /etc/resolv.conf /etc/hostname; grep Seccomp: /proc/self/status";
+        let all = node
+            .container(&pod, "all", script, |c| {
+                c.security.privileged = true;
+                c.mounts = vec![mount("/data", false), mount("/fixed", true)];
+            })
+            .await;
+        node.runtime.start_container(&all).await.unwrap();
+        let status = node.exited(&all).await;
+        let text = std::fs::read_to_string(&status.log_path).unwrap();
+        for expected in [
+            "mounted",
+            "from the host",
+            "fixed",
+            "F 100",
+            "F 77",
+            "nameserver 10.96.0.10",
+            "F one",
+            "Seccomp:\t0",
+        ] {
+            assert!(text.contains(expected), "{expected:?} is missing in\n{text}");
+        }
+        assert_eq!(std::fs::read_to_string(shared.path().join("new")).unwrap(), "written\n");
+
+        let limits = LinuxResources {
+            cpu_shares: Some(512),
+            cpu_quota: Some(20_000),
+            cpu_period: Some(100_000),
+            memory_limit: Some(64 << 20),
+            pids_limit: Some(50),
+            // Can't be lowered everywhere: then it is left, with a warning.
+            oom_score_adj: Some(-998),
+            ..LinuxResources::default()
+        };
+        let limited = node
+            .container(&pod, "limited", "cat /sys/fs/cgroup/pids/pids.max; sleep 1000", |c| {
+                c.resources = limits.clone();
+            })
+            .await;
+        node.runtime.start_container(&limited).await.unwrap();
+        let memory = || async {
+            let stats = node.runtime.list_pod_sandbox_stats().await.unwrap();
+            stats[0].containers.iter().find(|c| c.id == limited).unwrap().usage.memory_limit
+        };
+        assert_eq!(memory().await, Some(64 << 20));
+        for memory_limit in [128 << 20, 32 << 20] {
+            let resources =
+                LinuxResources { memory_limit: Some(memory_limit), ..LinuxResources::default() };
+            node.runtime.update_container_resources(&limited, &resources).await.unwrap();
+            assert_eq!(memory().await, Some(u64::try_from(memory_limit).unwrap()));
+        }
         node.end().await;
     });
 }

@@ -5,7 +5,7 @@ use std::{
     future::Future,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -17,8 +17,9 @@ use keelson_runtime_shim::{
 };
 
 const INSIDE: &str = "KEELSON_TEST_INSIDE";
+const ROOT: &str = "KEELSON_TEST_ROOT";
 const APPLETS: &str = "cat df grep head hostname id ip ls mknod mount nc ps readlink sleep stty touch tty \
-                       true unshare wc wget";
+                       true umount unshare wc wget";
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Runs a test's body in a process of its own in new network and mount namespaces.
@@ -40,7 +41,12 @@ pub(crate) fn in_namespaces(name: &str, body: impl Future<Output = ()>) {
                 Ok(())
             });
         }
-        let output = command.output().unwrap();
+        let root = tempfile::Builder::new().prefix("krt").tempdir().unwrap();
+        command.env(ROOT, root.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().unwrap();
+        let cgroup = cgroup_of(child.id());
+        let output = child.wait_with_output().unwrap();
+        sweep(&cgroup);
         let text = format!(
             "{}{}",
             String::from_utf8_lossy(&output.stdout),
@@ -67,6 +73,34 @@ pub(crate) fn in_namespaces(name: &str, body: impl Future<Output = ()>) {
         .block_on(body);
 }
 
+fn cgroup_of(pid: u32) -> String {
+    format!("keelson-test-{pid}")
+}
+
+/// Kills and removes what a test that failed left in its cgroups.
+fn sweep(cgroup: &str) {
+    for tree in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+        let top = tree.path().join(cgroup);
+        let mut dirs = vec![top];
+        let mut at = 0;
+        while at < dirs.len() {
+            let below = std::fs::read_dir(&dirs[at]).into_iter().flatten().flatten();
+            let below: Vec<_> =
+                below.filter(|e| e.path().is_dir()).map(|entry| entry.path()).collect();
+            dirs.extend(below);
+            at += 1;
+        }
+        for dir in dirs.iter().rev().filter(|d| d.exists()) {
+            let begun = Instant::now();
+            while std::fs::remove_dir(dir).is_err() && begun.elapsed() < DEADLINE {
+                let pids = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+                let _ = Command::new("kill").arg("-9").args(pids.lines()).output();
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+}
+
 /// Waits for something to become true.
 pub(crate) async fn until<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
     let begun = Instant::now();
@@ -78,17 +112,17 @@ pub(crate) async fn until<F: Future<Output = bool>>(what: &str, mut condition: i
 
 pub(crate) struct Node {
     pub(crate) runtime: EmbeddedRuntime,
-    root: tempfile::TempDir,
+    root: PathBuf,
     cgroup: String,
 }
 
 impl Node {
     pub(crate) async fn start() -> Node {
-        let root = tempfile::Builder::new().prefix("krt").tempdir().unwrap();
-        let cgroup = format!("keelson-test-{}", std::process::id());
-        let runtime = open(root.path(), &cgroup).await;
+        let root = PathBuf::from(std::env::var_os(ROOT).unwrap());
+        let cgroup = cgroup_of(std::process::id());
+        let runtime = open(&root, &cgroup).await;
         runtime.set_pod_ranges(&["10.123.4.0/24".parse().unwrap()]).await.unwrap();
-        let images = images(root.path());
+        let images = images(&root);
         let file = |source: &Path, path: &str| FileInImage {
             source: source.to_owned(),
             path: path.into(),
@@ -97,7 +131,7 @@ impl Node {
         let busybox = Path::new("/bin/busybox");
         let mut files = vec![file(busybox, "/bin/busybox"), file(busybox, "/bin/sh")];
         for name in APPLETS.split(' ') {
-            let script = root.path().join(name);
+            let script = root.join(name);
             std::fs::write(&script, format!("#!/bin/sh\nexec /bin/busybox {name} \"$@\"\n"))
                 .unwrap();
             files.push(file(&script, &format!("/bin/{name}")));
@@ -110,7 +144,7 @@ impl Node {
     /// Drops the runtime, as a crash would, and opens another over the same folders.
     pub(crate) async fn reopen(&mut self, after: Duration) {
         tokio::time::sleep(after).await;
-        self.runtime = open(self.root.path(), &self.cgroup).await;
+        self.runtime = open(&self.root, &self.cgroup).await;
     }
 
     pub(crate) fn sandbox(
@@ -123,7 +157,7 @@ impl Node {
             namespace: "default".into(),
             uid: format!("uid-{name}"),
             hostname: name.into(),
-            log_directory: self.root.path().join("log").join(name),
+            log_directory: self.root.join("log").join(name),
             cgroup_parent: format!("kubepods/pod{name}"),
             ..SandboxConfig::default()
         };
@@ -198,15 +232,15 @@ impl Node {
 
     /// Removes everything and looks whether anything is left.
     pub(crate) async fn end(self) {
-        let shims = shims(self.root.path());
+        let shims = shims(&self.root);
         assert!(!shims.is_empty());
         let removed = self.runtime.teardown_all().await.unwrap();
         println!("{removed:?}");
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let root = self.root.path().to_string_lossy().into_owned();
+        let root = self.root.to_string_lossy().into_owned();
         let left: Vec<_> = mounts.lines().filter(|l| l.contains(&root)).collect();
         assert!(left.is_empty(), "{left:?}");
-        assert_eq!(shims_left(self.root.path()), Vec::<i32>::new());
+        assert_eq!(shims_left(&self.root), Vec::<i32>::new());
         let links = Command::new("ip").args(["-o", "link"]).output().unwrap();
         let links = String::from_utf8_lossy(&links.stdout).into_owned();
         assert!(!links.contains(" kl"), "{links}");
