@@ -33,6 +33,8 @@ const LEAST_GRACE: Duration = Duration::from_secs(2);
 pub(crate) enum Outcome {
     /// The volumes are there, or not.
     Mounted(Result<MountedVolumes, VolumeError>),
+    /// The volumes of a running pod are up to date, or not.
+    Refreshed(Result<MountedVolumes, VolumeError>),
     /// The volumes are gone, or not.
     Unmounted(Result<(), VolumeError>),
     /// There is a sandbox, or not.

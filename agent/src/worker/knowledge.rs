@@ -94,6 +94,10 @@ pub(crate) enum Starting {
 pub(crate) struct Knowledge {
     /// The pod's volumes.
     pub(crate) volumes: Volumes,
+    /// What the volumes show of the pod (its labels and annotations) has changed.
+    pub(crate) volumes_outdated: bool,
+    /// The volumes are being brought up to date.
+    pub(crate) refreshing_volumes: bool,
     /// A sandbox is being made.
     pub(crate) creating_sandbox: bool,
     /// Why the last sandbox could not be made.

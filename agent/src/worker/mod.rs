@@ -32,6 +32,7 @@ mod tests;
 pub(crate) mod view;
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -115,6 +116,8 @@ pub(crate) struct Worker {
     observed: Observed,
     knowledge: Knowledge,
     mount_failure: Option<Failure>,
+    /// What the volumes were last made from.
+    shown: Option<Shown>,
     probers: probers::Probers,
     tasks: JoinSet<Outcome>,
     /// Calls off what is being started.
@@ -176,6 +179,7 @@ impl Worker {
             observed: Observed::default(),
             knowledge: Knowledge::default(),
             mount_failure: None,
+            shown: None,
             probers: probers::Probers::default(),
             tasks: JoinSet::new(),
             notes: mpsc::channel(NOTES),
@@ -281,6 +285,8 @@ impl Worker {
         self.desired.mark_unchanged();
         let now = Timestamp::now();
         let desired = self.effective();
+        self.knowledge.volumes_outdated =
+            self.shown.as_ref().is_some_and(|before| *before != shown(&desired.pod));
         let stopped = plan::stopped(&desired, &self.observed, now);
         if stopped != Stopped::No {
             let grace = desired.grace();
@@ -421,8 +427,15 @@ impl Worker {
         match action {
             Action::MountVolumes => {
                 self.knowledge.volumes = Volumes::Mounting;
+                self.shown = Some(shown(&pod));
                 self.tasks
                     .spawn(async move { Outcome::Mounted(context.volumes.mount(&pod).await) });
+            }
+            Action::RefreshVolumes => {
+                self.knowledge.refreshing_volumes = true;
+                self.shown = Some(shown(&pod));
+                self.tasks
+                    .spawn(async move { Outcome::Refreshed(context.volumes.mount(&pod).await) });
             }
             Action::CreateSandbox { attempt } => {
                 self.knowledge.creating_sandbox = true;
@@ -538,6 +551,13 @@ impl Worker {
                 self.mount_failure = Some(failure.clone());
                 self.knowledge.volumes = Volumes::Failed(failure);
             }
+            Outcome::Refreshed(refreshed) => {
+                self.knowledge.refreshing_volumes = false;
+                if let Err(error) = refreshed {
+                    let message = error.to_string();
+                    self.context.pod_event(&pod, EventType::Warning, "FailedMount", message);
+                }
+            }
             Outcome::Unmounted(Ok(())) => self.knowledge.volumes = Volumes::Unmounted,
             Outcome::Unmounted(Err(error)) => {
                 tracing::warn!(pod = view::format_pod(&pod), %error, "volumes not removed");
@@ -623,6 +643,13 @@ impl Worker {
         self.context.directory.remove(&self.uid);
         tracing::info!(pod = view::format_pod(&desired.pod), "pod is gone");
     }
+}
+
+/// A pod's labels and annotations, which its volumes can show.
+type Shown = (Option<BTreeMap<String, String>>, Option<BTreeMap<String, String>>);
+
+fn shown(pod: &Pod) -> Shown {
+    (pod.metadata.labels.clone(), pod.metadata.annotations.clone())
 }
 
 enum Step {

@@ -21,6 +21,8 @@ use crate::{labels, probe::Verdict, status};
 pub(crate) enum Action {
     /// Make the volumes ready.
     MountVolumes,
+    /// Bring the volumes of a running pod up to date.
+    RefreshVolumes,
     /// Make a sandbox.
     CreateSandbox {
         /// How many there were before.
@@ -290,7 +292,12 @@ fn run(
     }
     collect_garbage(plan, observed, knowledge);
     let volumes_ready = match &knowledge.volumes {
-        Volumes::Mounted(_) => true,
+        Volumes::Mounted(_) => {
+            if knowledge.volumes_outdated && !knowledge.refreshing_volumes {
+                plan.act(Action::RefreshVolumes);
+            }
+            true
+        }
         Volumes::NotMounted => {
             plan.act(Action::MountVolumes);
             false

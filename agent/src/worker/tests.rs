@@ -27,6 +27,7 @@ fn actions(desired: &Desired, observed: &Observed, knowledge: &Knowledge) -> Vec
         .into_iter()
         .map(|action| match action {
             Action::MountVolumes => "mount".to_owned(),
+            Action::RefreshVolumes => "refresh".to_owned(),
             Action::CreateSandbox { attempt } => format!("sandbox {attempt}"),
             Action::StopSandbox(id) => format!("stop {id}"),
             Action::RemoveSandbox(id) => format!("remove {id}"),
