@@ -10,6 +10,7 @@ use keelson_api::{backoff::Backoff, object::ObjectKey};
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
+    core::PartialObjectMeta,
 };
 use serde_json::{Map, Value, json};
 use tokio::sync::watch;
@@ -108,10 +109,18 @@ impl Writer {
                     self.metrics.status_written(begun.elapsed());
                     return Some(Written::Yes);
                 }
-                // 409: another UID
-                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
-                    tracing::debug!(pod = %self.key, code = status.code, "status has no object");
+                Err(kube::Error::Api(status)) if status.code == 404 => {
                     return Some(Written::NoSuchObject);
+                }
+                // another object has the name now, or somebody else wrote at the same moment
+                Err(kube::Error::Api(status)) if status.code == 409 => {
+                    let found = pods.get_metadata_opt(&self.key.name).await;
+                    let same = |found: Option<PartialObjectMeta<Pod>>| {
+                        found.is_some_and(|found| found.metadata.uid.as_deref() == Some(uid))
+                    };
+                    if found.is_ok_and(|found| !same(found)) {
+                        return Some(Written::NoSuchObject);
+                    }
                 }
                 Err(error) => {
                     tracing::warn!(pod = %self.key, %error, "status not written, trying again");

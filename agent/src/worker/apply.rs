@@ -279,8 +279,15 @@ pub(crate) async fn delete_pod(context: &Context, pod: &Pod) {
     loop {
         match pods.delete(name, &params).await {
             Ok(_) => return,
-            // 409: a namesake with another UID
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => return,
+            Err(kube::Error::Api(status)) if status.code == 404 => return,
+            // a namesake with another UID, or somebody else wrote at the same moment
+            Err(kube::Error::Api(status)) if status.code == 409 => {
+                let found = pods.get_metadata_opt(name).await;
+                if found.is_ok_and(|found| found.is_none_or(|found| found.metadata.uid != meta.uid))
+                {
+                    return;
+                }
+            }
             Err(error) => tracing::warn!(namespace, name, %error, "pod not deleted, trying again"),
         }
         tokio::time::sleep(backoff.next_wait()).await;
