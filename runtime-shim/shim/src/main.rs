@@ -13,7 +13,9 @@
 //! Usage: `keelson-shim <config>`, where `<config>` is JSON ([`Config`]). The command returns once
 //! the shim answers on its socket, or with the reason why it can't, on standard error.
 
+mod connection;
 mod container;
+mod helper;
 mod log;
 mod protocol;
 mod server;

@@ -14,20 +14,19 @@ use std::{
     fs::File,
     io::{self, ErrorKind, Read},
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-        unix::{
-            net::{UnixListener, UnixStream},
-            process::CommandExt,
-        },
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::net::{UnixListener, UnixStream},
     },
     path::Path,
-    process::{Command, Stdio},
+    process::Stdio,
 };
 
 use crate::{
+    connection::Connection,
     container::{Attached, Container},
+    helper::{Report, read_report, spawn_helper},
     log::Stream,
-    protocol::{self, Answer, Exec, HelperReport, MAX_MESSAGE, Message, Op, Request, Start},
+    protocol::{self, Answer, Exec, HelperReport, Message, Op, Request, Start},
     sys,
 };
 
@@ -35,97 +34,12 @@ use crate::{
 const RETRY_MILLIS: i32 = 200;
 /// After how many tries an end is announced although the disk does not take the record of it.
 const RECORD_TRIES: u32 = 10;
-/// The most messages that wait for one connection; whoever reads so slowly is hung up on, and asks
-/// for the list when it is back.
-const MAX_QUEUED: usize = 4096;
 /// The most connections at once.
 const MAX_CONNECTIONS: usize = 256;
 
-struct Connection {
-    socket: UnixStream,
-    input: Vec<u8>,
-    output: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
-    subscribed: bool,
-    broken: bool,
-}
-
-impl Connection {
-    fn queue(&mut self, message: &Message, fds: Vec<OwnedFd>) {
-        let Ok(body) = serde_json::to_vec(message) else { return };
-        let mut frame = u32::try_from(body.len()).unwrap_or(0).to_le_bytes().to_vec();
-        frame.extend_from_slice(&body);
-        self.output.push_back((frame, fds));
-        if self.output.len() > MAX_QUEUED {
-            self.broken = true;
-        }
-        self.flush();
-    }
-
-    fn flush(&mut self) {
-        while let Some((bytes, fds)) = self.output.front_mut() {
-            match sys::send(&self.socket, bytes, fds) {
-                Ok(n) => {
-                    fds.clear();
-                    bytes.drain(..n);
-                    if bytes.is_empty() {
-                        self.output.pop_front();
-                    }
-                }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(_) => {
-                    self.broken = true;
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Reads what there is; gives the requests that are whole.
-    fn read(&mut self) -> Vec<Request> {
-        let mut chunk = [0; 8192];
-        loop {
-            match self.socket.read(&mut chunk) {
-                Ok(0) => {
-                    self.broken = true;
-                    break;
-                }
-                Ok(n) => self.input.extend_from_slice(&chunk[..n]),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(_) => {
-                    self.broken = true;
-                    break;
-                }
-            }
-        }
-        let mut requests = Vec::new();
-        while let Some(head) = self.input.first_chunk::<4>() {
-            let length = u32::from_le_bytes(*head) as usize;
-            if length > MAX_MESSAGE {
-                self.broken = true;
-                break;
-            }
-            let Some(body) = self.input.get(4..4 + length) else { break };
-            match serde_json::from_slice(body) {
-                Ok(request) => requests.push(request),
-                // Without the request's id there is nothing to answer to.
-                Err(_) => self.broken = true,
-            }
-            self.input.drain(..4 + length);
-        }
-        if self.input.is_empty() {
-            self.input = Vec::new();
-        }
-        requests
-    }
-}
-
 /// A child that makes a process for us.
 struct Helper {
-    socket: UnixStream,
-    input: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    report: Report,
     connection: u64,
     request: u64,
     purpose: Purpose,
@@ -239,7 +153,7 @@ impl Server {
             add(connection.socket.as_raw_fd(), libc::POLLIN | out, Token::Connection(*id));
         }
         for (at, helper) in self.helpers.iter().enumerate() {
-            add(helper.socket.as_raw_fd(), libc::POLLIN, Token::Helper(at));
+            add(helper.report.socket.as_raw_fd(), libc::POLLIN, Token::Helper(at));
         }
         for (id, container) in &self.containers {
             for stream in [Stream::Stdout, Stream::Stderr] {
@@ -276,13 +190,7 @@ impl Server {
                     if socket.set_nonblocking(true).is_err() {
                         continue;
                     }
-                    let connection = Connection {
-                        socket,
-                        input: Vec::new(),
-                        output: VecDeque::new(),
-                        subscribed: false,
-                        broken: false,
-                    };
+                    let connection = Connection::new(socket);
                     self.connections.insert(self.next_connection, connection);
                     self.next_connection += 1;
                 }
@@ -301,7 +209,7 @@ impl Server {
                 }
             }
             Token::Helper(at) => {
-                if self.helpers.get_mut(*at).is_some_and(read_report) {
+                if self.helpers.get_mut(*at).is_some_and(|h| read_report(&mut h.report)) {
                     reports.push(*at);
                 }
             }
@@ -534,12 +442,10 @@ impl Server {
             let mut ends = ends.into_iter();
             [stdin, ends.next().unwrap_or(Stdio::null()), ends.next().unwrap_or(Stdio::null())]
         };
-        let (socket, pid) = spawn_helper(&container.start.helper, streams)?;
+        let (report, pid) = spawn_helper(&container.start.helper, streams)?;
         self.helper_pids.insert(pid);
         self.helpers.push(Helper {
-            socket,
-            input: Vec::new(),
-            fds: Vec::new(),
+            report,
             connection,
             request,
             purpose: Purpose::Start(Box::new(container)),
@@ -568,12 +474,10 @@ impl Server {
                 }
             }
         }
-        let (socket, pid) = spawn_helper(&exec.helper, theirs)?;
+        let (report, pid) = spawn_helper(&exec.helper, theirs)?;
         self.helper_pids.insert(pid);
         self.helpers.push(Helper {
-            socket,
-            input: Vec::new(),
-            fds: Vec::new(),
+            report,
             connection,
             request,
             purpose: Purpose::Exec { streams, tty: exec.tty },
@@ -584,14 +488,15 @@ impl Server {
     fn helper_reported(&mut self, at: usize) {
         let helper = self.helpers.remove(at);
         let report: HelperReport =
-            serde_json::from_slice(&helper.input).unwrap_or_else(|_| HelperReport {
+            serde_json::from_slice(&helper.report.input).unwrap_or_else(|_| HelperReport {
                 error: "the process that makes it ended without saying why".to_owned(),
                 ..HelperReport::default()
             });
         match helper.purpose {
             Purpose::Start(container) => {
                 let id = container.start.container.clone();
-                let result = self.finish_start(*container, report, helper.fds.into_iter().next());
+                let result =
+                    self.finish_start(*container, report, helper.report.fds.into_iter().next());
                 if result.is_err() {
                     self.containers.remove(&id);
                 }
@@ -603,7 +508,7 @@ impl Server {
                     return;
                 }
                 if tty {
-                    streams = helper.fds;
+                    streams = helper.report.fds;
                 }
                 self.execs.push(ExecProcess { pid: report.pid, connection: helper.connection });
                 let answer = Answer::Exec { pid: report.pid };
@@ -684,54 +589,6 @@ impl Server {
         container.attached.push(attached);
         Ok((container.start.tty, fds))
     }
-}
-
-/// Reads a helper's report; true once it is whole or there will be no more.
-fn read_report(helper: &mut Helper) -> bool {
-    let mut chunk = [0; 4096];
-    loop {
-        match sys::receive(&helper.socket, &mut chunk, &mut helper.fds) {
-            Ok(0) => return true,
-            Ok(n) => {
-                helper.input.extend_from_slice(&chunk[..n]);
-                if helper.input.last() == Some(&b'\n') || helper.input.len() > MAX_MESSAGE {
-                    return true;
-                }
-            }
-            Err(e) if e.kind() == ErrorKind::WouldBlock => return false,
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(_) => return true,
-        }
-    }
-}
-
-/// Starts a helper with these standard streams and the report channel as descriptor 3.
-fn spawn_helper(command: &[String], streams: [Stdio; 3]) -> Result<(UnixStream, i32), String> {
-    let (program, arguments) = command.split_first().ok_or("no helper is named")?;
-    let (ours, theirs) = UnixStream::pair().map_err(|e| format!("socket pair: {e}"))?;
-    ours.set_nonblocking(true).map_err(|e| format!("socket pair: {e}"))?;
-    let [stdin, stdout, stderr] = streams;
-    // Not descriptor 3 itself: duplicating a descriptor onto itself would leave it closing on exec.
-    // SAFETY: the descriptor is ours; the duplicate is owned by `theirs` and nobody else.
-    let theirs = unsafe {
-        let fd = libc::fcntl(theirs.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 10);
-        if fd == -1 {
-            return Err(format!("socket pair: {}", io::Error::last_os_error()));
-        }
-        OwnedFd::from_raw_fd(fd)
-    };
-    let fd = theirs.as_raw_fd();
-    let mut child = Command::new(program);
-    child.args(arguments).stdin(stdin).stdout(stdout).stderr(stderr).current_dir("/").env_clear();
-    // SAFETY: dup2 is safe to call between fork and exec.
-    unsafe {
-        child.pre_exec(move || {
-            if libc::dup2(fd, 3) == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
-        });
-    }
-    // The child is taken away by `reap` like all others.
-    let child = child.spawn().map_err(|e| format!("starting {program}: {e}"))?;
-    Ok((ours, i32::try_from(child.id()).unwrap_or(0)))
 }
 
 /// Tells a made process that it may go on to run its command.

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::Duration,
@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::{
     Container, EmbeddedRuntime, Inner, Sandbox, blocking,
+    devices::{all_devices, check_propagation, look_up},
     disk::{self, ContainerRecord, SandboxRecord, failed},
     lock, rootfs,
     shim::{
@@ -250,20 +251,6 @@ impl EmbeddedRuntime {
         *lock(&container.record) = record;
         Ok(())
     }
-
-    /// Usage of all pods that run.
-    pub(super) async fn measure(&self) -> Result<Vec<SandboxStats>> {
-        let sandboxes: Vec<_> = lock(&self.inner.sandboxes).values().cloned().collect();
-        let inner = Arc::clone(&self.inner);
-        blocking(move || {
-            Ok(sandboxes
-                .iter()
-                .filter(|s| s.is_ready())
-                .map(|sandbox| inner.measure_sandbox(&sandbox.record()))
-                .collect())
-        })
-        .await
-    }
 }
 
 impl Inner {
@@ -399,90 +386,10 @@ impl Inner {
             .map_err(|e| RuntimeError::Internal(format!("state of {id}: {e}")))?;
         disk::write_atomically(&self.disk.state(id), &text)
     }
-
-    /// A container as Kubernetes sees it.
-    pub(super) fn describe(&self, container: &Container) -> ContainerStatus {
-        let process = container.process.borrow().clone();
-        let record = lock(&container.record).clone();
-        let alive = self.sandbox(&record.sandbox).is_ok_and(|s| *s.alive.borrow());
-        let state = match (process.started, process.finished) {
-            (_, 1..) => ContainerState::Exited,
-            (1.., _) if alive => ContainerState::Running,
-            (1.., _) => ContainerState::Unknown,
-            _ => ContainerState::Created,
-        };
-        let reason = match state {
-            ContainerState::Exited if !process.error.is_empty() => "StartError",
-            ContainerState::Exited if process.oom => "OOMKilled",
-            ContainerState::Exited if process.code == 0 => "Completed",
-            ContainerState::Exited => "Error",
-            _ => "",
-        };
-        let exited = state == ContainerState::Exited;
-        ContainerStatus {
-            id: record.id,
-            sandbox: record.sandbox,
-            name: record.config.name,
-            attempt: record.config.attempt,
-            state,
-            created_at: record.created_at,
-            started_at: time(process.started),
-            finished_at: time(process.finished),
-            exit_code: exited.then_some(process.code),
-            oom_killed: process.oom,
-            reason: reason.to_owned(),
-            message: process.error,
-            image: record.config.image,
-            image_id: record.image_id,
-            image_ref: record.image_ref,
-            pid: (state == ContainerState::Running).then_some(process.pid),
-            log_path: record.log_path,
-            labels: record.config.labels,
-            annotations: record.config.annotations,
-            user: Some(record.user),
-        }
-    }
-
-    fn measure_sandbox(&self, record: &SandboxRecord) -> SandboxStats {
-        let at = Timestamp::now();
-        let containers = self
-            .containers_of(&record.id)
-            .iter()
-            .filter(|c| c.process.borrow().finished == 0)
-            .map(|container| {
-                let container = lock(&container.record).clone();
-                let upper = self.disk.container(&container.id).join("upper");
-                let (rootfs_used_bytes, rootfs_inodes_used) = rootfs::disk_usage(&upper);
-                ContainerStats {
-                    at,
-                    usage: self.cgroups.usage(&container.cgroup),
-                    rootfs_used_bytes,
-                    rootfs_inodes_used,
-                    id: container.id,
-                    sandbox: container.sandbox,
-                    name: container.config.name,
-                }
-            })
-            .collect();
-        SandboxStats {
-            id: record.id.clone(),
-            at,
-            usage: self.pod_cgroup(record).map(|p| self.cgroups.usage(&p)).unwrap_or_default(),
-            interfaces: self
-                .network_namespace(record)
-                .map(|path| crate::network::interface_stats(&path))
-                .unwrap_or_default(),
-            containers,
-        }
-    }
 }
 
 fn now() -> i64 {
     i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX)
-}
-
-fn time(nanos: i64) -> Option<Timestamp> {
-    (nanos > 0).then(|| Timestamp::from_nanosecond(nanos.into()).ok()).flatten()
 }
 
 /// Takes over what is given, and keeps the rest.
@@ -518,112 +425,4 @@ fn read_profile(path: &Path) -> Result<Vec<u8>> {
         )));
     }
     fs::read(path).map_err(failed("reading the seccomp profile", path))
-}
-
-fn look_up(device: &Device) -> Result<spec::DeviceNode> {
-    let path = &device.host_path;
-    let metadata = fs::metadata(path).map_err(failed("looking up the device", path))?;
-    let kind = metadata.file_type();
-    if !kind.is_block_device() && !kind.is_char_device() {
-        return Err(RuntimeError::Invalid(format!("{}: not a device", path.display())));
-    }
-    Ok(node(&device.container_path, &metadata, &device.permissions))
-}
-
-fn node(path: &Path, metadata: &fs::Metadata, access: &str) -> spec::DeviceNode {
-    let number = metadata.rdev();
-    spec::DeviceNode {
-        path: path.to_owned(),
-        block: metadata.file_type().is_block_device(),
-        major: u64::from(libc::major(number)),
-        minor: u64::from(libc::minor(number)),
-        mode: metadata.mode() & 0o777,
-        uid: metadata.uid(),
-        gid: metadata.gid(),
-        access: access.to_owned(),
-    }
-}
-
-/// All devices of the host, for a privileged container; not those that each container has of its
-/// own.
-fn all_devices(dir: &Path) -> Vec<spec::DeviceNode> {
-    const OWN: [&str; 10] =
-        ["pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev", "console", "ptmx", "tty"];
-    let mut found = Vec::new();
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        if OWN.iter().any(|name| entry.file_name() == *name) {
-            continue;
-        }
-        let path = entry.path();
-        let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
-        let kind = metadata.file_type();
-        if kind.is_dir() {
-            found.extend(all_devices(&path));
-        } else if kind.is_block_device() || kind.is_char_device() {
-            found.push(node(&path, &metadata, "rwm"));
-        }
-    }
-    found
-}
-
-/// Later mounts can travel only where the host's own mount lets them.
-fn check_propagation(mounts: &[Mount]) -> Result<()> {
-    if mounts.iter().all(|m| m.propagation == MountPropagation::Private) {
-        return Ok(());
-    }
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo")
-        .map_err(failed("reading", Path::new("/proc/self/mountinfo")))?;
-    for asked in mounts {
-        let path = fs::canonicalize(&asked.host_path).unwrap_or_else(|_| asked.host_path.clone());
-        let (at, tags) = mount_of(&mountinfo, &path);
-        let shared = tags.contains("shared:");
-        let (fine, wanted) = match asked.propagation {
-            MountPropagation::Private => (true, ""),
-            MountPropagation::HostToContainer => {
-                (shared || tags.contains("master:"), "shared or slave")
-            }
-            MountPropagation::Bidirectional => (shared, "shared"),
-        };
-        if !fine {
-            return Err(RuntimeError::Container(format!(
-                "mount at {}: {} is on the mount {at} of the host, which is not {wanted}; see \
-                 mount --make-rshared",
-                asked.container_path.display(),
-                asked.host_path.display()
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// The mount that a path is on, and its propagation tags.
-fn mount_of<'a>(mountinfo: &'a str, path: &Path) -> (&'a str, String) {
-    let mut best: (&str, String) = ("/", String::new());
-    for line in mountinfo.lines() {
-        let fields: Vec<&str> = line.split(' ').collect();
-        let Some(at) = fields.get(4) else { continue };
-        if path.starts_with(at) && at.len() >= best.0.len() {
-            let tags = fields.iter().skip(6).take_while(|f| **f != "-").copied();
-            best = (at, tags.collect::<Vec<_>>().join(" "));
-        }
-    }
-    best
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_innermost_mount_counts() {
-        let info = "\
-22 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw
-23 22 8:2 / /var rw master:3 - ext4 /dev/sda2 rw
-24 23 8:3 / /var/lib rw - ext4 /dev/sda3 rw
-";
-        assert_eq!(mount_of(info, Path::new("/etc")), ("/", "shared:1".to_owned()));
-        assert_eq!(mount_of(info, Path::new("/var/log")), ("/var", "master:3".to_owned()));
-        assert_eq!(mount_of(info, Path::new("/var/library")), ("/var", "master:3".to_owned()));
-        assert_eq!(mount_of(info, Path::new("/var/lib/x")), ("/var/lib", String::new()));
-    }
 }

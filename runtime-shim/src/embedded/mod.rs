@@ -9,7 +9,8 @@
 //!
 //! * `disk`: what is kept where, and in which order it is written
 //! * `shim`: the agent's side of a pod's shim; `helper`: the processes that shims start
-//! * `sandboxes`, `containers`, `sessions`: the calls of [`PodRuntime`], each in its file
+//! * `sandboxes`, `containers`, `sessions`, `report`: the calls of [`PodRuntime`]
+//! * `rootfs`, `devices`, `host`: what containers are made of
 //! * `recover`: what a new instance finds, and removes of what was left half-made
 //! * `teardown`: removing everything
 //!
@@ -17,10 +18,12 @@
 //! leaves pods that run on; [`EmbeddedRuntime::open`] finds them again.
 
 mod containers;
+mod devices;
 mod disk;
 mod helper;
 mod host;
 mod recover;
+mod report;
 mod rootfs;
 mod sandboxes;
 mod sessions;

@@ -44,7 +44,7 @@ use crate::runtime::{PortMapping, Result, RuntimeError, SandboxId};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkConfig {
     /// The ranges that pods of this node get their addresses from. May be empty at first and set
-    /// later, when the node knows its range.
+    /// later, when the node knows its range. Pods get IPv4 addresses; other ranges are not used.
     pub pod_ranges: Vec<IpNet>,
     /// Where pods keep their own address as the source: the whole cluster's pod range and the like.
     /// The node's own ranges need not be among them.
@@ -179,6 +179,13 @@ impl Network {
                 "the pod's network: the node has no pod range yet".to_owned(),
             ));
         }
+        let ipv6 =
+            ports.iter().filter_map(|p| p.host_ip).find(|ip| ip.is_ipv6() && !ip.is_unspecified());
+        if let Some(ip) = ipv6 {
+            return Err(RuntimeError::Invalid(format!(
+                "host port on {ip}: pods have no IPv6 addresses on this node"
+            )));
+        }
         let address = self.addresses.take(&ranges, sandbox)?;
         let mtu = match self.config.mtu {
             Some(mtu) => mtu,
@@ -284,7 +291,7 @@ fn host_ports(
         .filter_map(|port| {
             let host_address = match port.host_ip {
                 Some(IpAddr::V4(ip)) if !ip.is_unspecified() => Some(ip),
-                // IPv6 addresses of the host lead to no pod yet.
+                // Refused when the sandbox was made.
                 Some(IpAddr::V6(ip)) if !ip.is_unspecified() => return None,
                 _ => None,
             };

@@ -51,7 +51,6 @@ pub(super) fn run(
     let cgroups = Cgroups::detect("").map_err(|e| format!("cgroups: {e}"))?;
     let path = linux.cgroups_path().clone().unwrap_or_default();
     for entrance in cgroups.entrances(&path) {
-        // The trees without controllers don't have the container's folder: it stays in the shim's.
         fs::write(&entrance, std::process::id().to_string())
             .map_err(|e| format!("entering the cgroup {}: {e}", entrance.display()))?;
     }
