@@ -21,7 +21,6 @@ pub(crate) struct Metrics {
     last_sync: GaugeVec,
     last_queued: GaugeVec,
     failures: IntCounterVec,
-    cleanup_failures: IntCounterVec,
     no_local_endpoints: IntGaugeVec,
     conntrack_deleted: IntCounterVec,
     conntrack_duration: HistogramVec,
@@ -85,11 +84,6 @@ impl Metrics {
             failures: counter(
                 "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
                 "Transactions that the kernel refused.",
-                family,
-            )?,
-            cleanup_failures: counter(
-                "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
-                "Clean-ups that the kernel refused.",
                 family,
             )?,
             no_local_endpoints: kept(
@@ -196,11 +190,6 @@ impl Metrics {
     /// A transaction was refused.
     pub(crate) fn failed(&self, family: Family) {
         self.failures.with_label_values(&[family.as_str()]).inc();
-    }
-
-    /// A clean-up was refused.
-    pub(crate) fn cleanup_failed(&self, family: Family) {
-        self.cleanup_failures.with_label_values(&[family.as_str()]).inc();
     }
 
     /// Another program was heard or found.

@@ -24,7 +24,10 @@ use crate::{
     health::Health,
     metrics::Metrics,
     model::{Family, Problem, table::ServiceTable},
-    nftables::apply::{Applied, Table},
+    nftables::{
+        apply::{Applied, Table},
+        held::Forget,
+    },
     ruleset::{
         Action, AddressSet, Frontend, Lane, Unit,
         desired::{Desired, ServiceRules},
@@ -34,6 +37,8 @@ use crate::{
 
 /// How many changes are taken in before a commit: a flood must not put it off for ever.
 const BURST: usize = 100_000;
+/// How long after a commit the last packet that didn't see it is surely through.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// The first and the longest wait before what the kernel refused is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
@@ -65,6 +70,8 @@ pub(crate) struct Proxier {
     /// Nothing could be written at all: everything waits for `retry_at`.
     blocked: bool,
     retry_at: Option<Instant>,
+    look_again: Vec<Forget>,
+    look_again_at: Option<Instant>,
     backoff: Backoff,
     generation: Option<u32>,
 }
@@ -97,6 +104,8 @@ impl Proxier {
             refused: HashSet::new(),
             blocked: false,
             retry_at: None,
+            look_again: Vec::new(),
+            look_again_at: None,
             backoff: Backoff::new(RETRY.0, RETRY.1),
             generation: None,
         };
@@ -107,14 +116,12 @@ impl Proxier {
     /// Takes in changes and commits them until the queue is closed.
     pub(crate) async fn run(mut self, mut queue: mpsc::Receiver<Change>) {
         loop {
-            let first = match self.retry_at {
+            let timer = self.retry_at.into_iter().chain(self.look_again_at).min();
+            let first = match timer {
                 Some(at) => match tokio::time::timeout_at(at.into(), queue.recv()).await {
                     Ok(first) => first,
                     Err(_) => {
-                        self.retry_at = None;
-                        self.blocked = false;
-                        self.dirty.extend(self.refused.drain());
-                        self.commit();
+                        self.due(Instant::now());
                         continue;
                     }
                 },
@@ -128,6 +135,23 @@ impl Proxier {
                     Err(_) => break,
                 }
             }
+            self.commit();
+        }
+    }
+
+    /// Does what was put off until now.
+    fn due(&mut self, now: Instant) {
+        if self.look_again_at.is_some_and(|at| at <= now) {
+            self.look_again_at = None;
+            let again = std::mem::take(&mut self.look_again);
+            for table in &mut self.tables {
+                forget(table, &again);
+            }
+        }
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry_at = None;
+            self.blocked = false;
+            self.dirty.extend(self.refused.drain());
             self.commit();
         }
     }
@@ -280,7 +304,13 @@ impl Proxier {
                     self.reports.metrics.holds(family, table.held().len());
                     refused(&self.reports, &self.objects, &self.desired, &applied);
                     if let Some(cleaner) = &self.reports.conntrack {
-                        cleaner.forget(applied.stale);
+                        cleaner.forget(applied.aftermath.stale);
+                    }
+                    forget(table, &applied.aftermath.forget);
+                    if !applied.aftermath.forget.is_empty() {
+                        // A packet that was under way may have been remembered after this look.
+                        self.look_again_at.get_or_insert_with(|| Instant::now() + SECOND_LOOK);
+                        self.look_again.extend(applied.aftermath.forget);
                     }
                 }
                 Err(error) => {
@@ -350,6 +380,15 @@ fn report(events: &EventRecorder, objects: &ServiceTable, key: &ObjectKey, probl
     for problem in problems {
         tracing::warn!(service = %key, reason = problem.reason, "{}", problem.message);
         events.event(&object, EventType::Warning, problem.reason, problem.message.clone());
+    }
+}
+
+fn forget(table: &mut Table, forget: &[Forget]) {
+    let family = table.family();
+    let own: Vec<Forget> =
+        forget.iter().filter(|f| f.frontend.family == family).cloned().collect();
+    if let Err(error) = table.forget(&own) {
+        tracing::warn!(%error, "sticky clients may be sent to endpoints that are gone");
     }
 }
 

@@ -74,11 +74,6 @@ impl ServiceTable {
         self.services.get(key).map(|service| service.uid.as_str())
     }
 
-    /// How many Services there are.
-    pub(crate) fn len(&self) -> usize {
-        self.services.len()
-    }
-
     /// Every Service's key.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &ObjectKey> {
         self.services.keys()

@@ -3,11 +3,16 @@
 use std::collections::HashSet;
 
 use super::{
-    batch::Batch,
-    held::{Changes, Held, Next, Stale},
-    layout::{Layout, PickChain},
+    attribute::Attributes,
+    batch::{Batch, Element, TABLE},
+    held::{Aftermath, Changes, Forget, Held, Next, affinity_seconds, read_choice},
+    layout::{self, DynamicChain, Layout, PickChain},
     observe::{Found, observe},
     socket::{NftError, NftSocket},
+    uapi::{
+        NFT_MSG_GETSETELEM, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET,
+        NFTA_SET_ELEM_LIST_TABLE,
+    },
 };
 use crate::{
     model::Family,
@@ -29,8 +34,8 @@ pub(crate) struct Applied {
     pub(crate) elements: usize,
     /// Whether the whole table was made anew, and why.
     pub(crate) rebuilt: Option<String>,
-    /// What the connection table still knows of endpoints that are gone.
-    pub(crate) stale: Vec<Stale>,
+    /// What connections and clients still think of endpoints that are gone.
+    pub(crate) aftermath: Aftermath,
     /// What the kernel refused; the old state of these stays, all others are written.
     pub(crate) refused: Vec<(Unit, NftError)>,
 }
@@ -130,9 +135,8 @@ impl Table {
             // It has taken them before.
             return Ok(());
         }
-        let mut picks: HashSet<PickChain> = Layout::common_picks().collect();
-        picks.extend(Layout::one_pick_of_each());
-        self.socket.check(&mut self.static_part(&picks))
+        let chains = Layout::common_chains().chain(Layout::one_of_each()).collect();
+        self.socket.check(&mut self.static_part(&chains))
     }
 
     /// Removes the table; it is no error if there is none.
@@ -154,8 +158,8 @@ impl Table {
         let family = self.layout.family;
         let mut units: Vec<Unit> = desired.units().filter(|u| u.family() == family).collect();
         units.sort_unstable();
-        let mut chains: HashSet<PickChain> = Layout::common_picks().collect();
-        chains.extend(units.iter().filter_map(|unit| needed_chain(*unit, desired)));
+        let mut chains: HashSet<DynamicChain> = Layout::common_chains().collect();
+        chains.extend(units.iter().flat_map(|unit| needed_chains(*unit, desired)));
         let mut fresh = Held::default();
         fresh.chains = chains.clone();
         let mut changes = Changes::default();
@@ -170,7 +174,7 @@ impl Table {
                 self.held = fresh;
                 applied.elements += elements;
                 for next in next {
-                    self.held.enter(next, &mut applied.stale);
+                    self.held.enter(next, &mut applied.aftermath);
                 }
                 Ok(())
             }
@@ -184,7 +188,7 @@ impl Table {
         }
     }
 
-    fn static_part(&self, picks: &HashSet<PickChain>) -> Batch {
+    fn static_part(&self, dynamic: &HashSet<DynamicChain>) -> Batch {
         let mut batch = Batch::new(self.layout.family);
         let fingerprint = self.layout.fingerprint();
         // Adding first makes the removal valid whether there is a table or not.
@@ -194,13 +198,13 @@ impl Table {
         for set in self.layout.sets() {
             batch.add_set(&set);
         }
-        let mut picks: Vec<PickChain> = picks.iter().copied().collect();
-        picks.sort_unstable();
+        let mut dynamic: Vec<DynamicChain> = dynamic.iter().copied().collect();
+        dynamic.sort_unstable();
         let chains: Vec<_> = self
             .layout
             .chains()
             .into_iter()
-            .chain(picks.into_iter().map(|pick| self.layout.pick_chain(pick)))
+            .chain(dynamic.into_iter().map(|chain| self.layout.dynamic_chain(chain)))
             .collect();
         for chain in &chains {
             batch.add_chain(chain);
@@ -248,7 +252,7 @@ impl Table {
         self.socket.commit(&mut batch)?;
         applied.elements += elements;
         for next in next {
-            self.held.enter(next, &mut applied.stale);
+            self.held.enter(next, &mut applied.aftermath);
         }
         Ok(())
     }
@@ -257,37 +261,91 @@ impl Table {
     /// their own.
     fn make_chains(&mut self, units: &[Unit], desired: &Desired) -> Result<(), NftError> {
         let family = self.layout.family;
-        let missing: HashSet<PickChain> = units
+        let missing: HashSet<DynamicChain> = units
             .iter()
             .filter(|unit| unit.family() == family)
-            .filter_map(|unit| needed_chain(*unit, desired))
+            .flat_map(|unit| needed_chains(*unit, desired))
             .filter(|chain| !self.held.chains.contains(chain))
             .collect();
         if missing.is_empty() {
             return Ok(());
         }
         let mut batch = Batch::new(family);
-        for pick in &missing {
-            let chain = self.layout.pick_chain(*pick);
-            batch.add_chain(&chain);
-            batch.add_rules(&chain);
+        let chains: Vec<_> = missing.iter().map(|c| self.layout.dynamic_chain(*c)).collect();
+        for chain in &chains {
+            batch.add_chain(chain);
+        }
+        for chain in &chains {
+            batch.add_rules(chain);
         }
         self.socket.commit(&mut batch)?;
         self.held.chains.extend(missing);
         Ok(())
     }
+
+    /// Makes sticky clients forget endpoints that are gone.
+    ///
+    /// # Errors
+    /// When the map can't be read or the kernel refuses.
+    pub(crate) fn forget(&mut self, forget: &[Forget]) -> Result<(), NftError> {
+        if forget.is_empty() {
+            return Ok(());
+        }
+        let family = self.layout.family;
+        let mut gone = Vec::new();
+        self.socket.list(
+            family,
+            NFT_MSG_GETSETELEM,
+            |w| {
+                w.text_attribute(NFTA_SET_ELEM_LIST_TABLE, TABLE);
+                w.text_attribute(NFTA_SET_ELEM_LIST_SET, layout::AFFINITY);
+            },
+            |message| {
+                let Some(list) = message.attributes().find(NFTA_SET_ELEM_LIST_ELEMENTS) else {
+                    return;
+                };
+                let elements = Attributes(list).filter_map(|(_, e)| Element::parse(Attributes(e)));
+                gone.extend(elements.filter(|element| {
+                    read_choice(family, element).is_some_and(|(frontend, endpoint)| {
+                        forget.iter().any(|f| f.concerns(&frontend, endpoint))
+                    })
+                }));
+            },
+            || {},
+        )?;
+        for element in gone {
+            let mut batch = Batch::new(family);
+            batch.elements(layout::AFFINITY, false, [element]);
+            match self.socket.commit(&mut batch) {
+                Ok(()) => {}
+                // Its time was up meanwhile.
+                Err(error) if error.errno() == Some(libc::ENOENT) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
 }
 
-fn needed_chain(unit: Unit, desired: &Desired) -> Option<PickChain> {
-    let Unit::Frontend(frontend) = unit else { return None };
-    match desired.action(&frontend)? {
-        Action::Forward { endpoints, masquerade, .. } => Some(PickChain {
+/// The chains that a unit's elements will point to, with those that these point to.
+fn needed_chains(unit: Unit, desired: &Desired) -> Vec<DynamicChain> {
+    let Unit::Frontend(frontend) = unit else { return Vec::new() };
+    let Some(action) = desired.action(&frontend) else { return Vec::new() };
+    let Action::Forward { endpoints, masquerade, .. } = action else { return Vec::new() };
+    let seconds = affinity_seconds(action);
+    let pick = |sticky| {
+        DynamicChain::Pick(PickChain {
             lane: frontend.lane,
             masquerade: *masquerade,
-            count: u32::try_from(endpoints.len()).ok()?,
-        }),
-        Action::Drop | Action::Reject => None,
+            sticky,
+            count: u32::try_from(endpoints.len()).unwrap_or(u32::MAX),
+        })
+    };
+    let mut chains = vec![pick(false)];
+    if let Some(seconds) = seconds {
+        chains.extend([pick(true), DynamicChain::Remember(seconds)]);
     }
+    chains
 }
 
 /// Whether reading back and writing the difference may help.

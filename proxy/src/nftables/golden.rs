@@ -7,7 +7,7 @@ use super::{
     batch::{Batch, Bytes, Data, Element},
     expression::Verdict,
     held::frontend_key,
-    layout::{self, Layout, PickChain},
+    layout::{self, DynamicChain, Layout, PickChain},
 };
 use crate::{
     config::NodePortAddresses,
@@ -69,11 +69,18 @@ fn check(name: &str, batch: &mut Batch) {
 #[cfg(target_endian = "little")]
 fn a_picking_chain() {
     for (family, name) in [(Family::V4, "pick-v4"), (Family::V6, "pick-v6")] {
-        let pick = PickChain { lane: Lane::Cluster, masquerade: Masquerade::OffCluster, count: 3 };
-        let chain = layout(family).pick_chain(pick);
         let mut batch = Batch::new(family);
-        batch.add_chain(&chain);
-        batch.add_rules(&chain);
+        for sticky in [false, true] {
+            let pick = PickChain {
+                lane: Lane::Cluster,
+                masquerade: Masquerade::OffCluster,
+                sticky,
+                count: 3,
+            };
+            let chain = layout(family).dynamic_chain(DynamicChain::Pick(pick));
+            batch.add_chain(&chain);
+            batch.add_rules(&chain);
+        }
         check(name, &mut batch);
     }
 }
@@ -87,7 +94,8 @@ fn the_static_part() {
     for set in layout.sets() {
         batch.add_set(&set);
     }
-    for chain in layout.chains() {
+    let remember = layout.dynamic_chain(DynamicChain::Remember(10_800));
+    for chain in layout.chains().into_iter().chain([remember]) {
         batch.add_chain(&chain);
         batch.add_rules(&chain);
     }

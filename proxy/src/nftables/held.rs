@@ -8,7 +8,7 @@ use std::{
 use super::{
     batch::{Batch, Bytes, Data, Element},
     expression::Verdict,
-    layout::{self, PickChain},
+    layout::{self, DynamicChain, PickChain},
 };
 use crate::{
     model::{Endpoint, Family, Protocol},
@@ -50,6 +50,8 @@ pub(crate) struct HeldFrontend {
     pub(crate) chosen: Option<Chosen>,
     /// In the map of those without endpoints.
     pub(crate) rejected: bool,
+    /// For how many seconds a client's endpoint is remembered.
+    pub(crate) sticky: Option<u32>,
     /// The endpoints by index.
     pub(crate) slots: Box<[Endpoint]>,
 }
@@ -59,8 +61,8 @@ pub(crate) struct HeldFrontend {
 pub(crate) struct Held {
     frontends: HashMap<Frontend, HeldFrontend>,
     addresses: HashSet<(AddressSet, IpAddr)>,
-    /// The chains that pick.
-    pub(crate) chains: HashSet<PickChain>,
+    /// The chains that were made when they were needed.
+    pub(crate) chains: HashSet<DynamicChain>,
 }
 
 /// Elements to remove from and to add to each set: removals first.
@@ -120,6 +122,24 @@ pub(crate) struct Stale {
     pub(crate) endpoint: Option<Endpoint>,
 }
 
+/// Remembered choices that don't count any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Forget {
+    /// What clients connected to.
+    pub(crate) frontend: Frontend,
+    /// Those of this endpoint, or all.
+    pub(crate) endpoint: Option<Endpoint>,
+}
+
+/// What is to be done about connections once a change is in the kernel.
+#[derive(Debug, Default)]
+pub(crate) struct Aftermath {
+    /// UDP connections that go on where they shouldn't.
+    pub(crate) stale: Vec<Stale>,
+    /// Remembered choices to forget.
+    pub(crate) forget: Vec<Forget>,
+}
+
 impl Held {
     /// Everything that is there.
     pub(crate) fn units(&self) -> impl Iterator<Item = Unit> + '_ {
@@ -162,9 +182,8 @@ impl Held {
         }
     }
 
-    /// Enters what the kernel has taken. UDP frontends that lost an endpoint, or had none, come
-    /// back: their old connections go on where they went before.
-    pub(crate) fn enter(&mut self, next: Next, stale: &mut Vec<Stale>) {
+    /// Enters what the kernel has taken, and notes what old connections and clients still think.
+    pub(crate) fn enter(&mut self, next: Next, aftermath: &mut Aftermath) {
         match next {
             Next::Address(set, address, true) => {
                 self.addresses.insert((set, address));
@@ -178,7 +197,15 @@ impl Held {
                     None => self.frontends.remove(&frontend),
                 };
                 if frontend.protocol == Protocol::Udp {
-                    stale_connections(&frontend, before.as_ref(), next.as_ref(), stale);
+                    stale_connections(
+                        &frontend,
+                        before.as_ref(),
+                        next.as_ref(),
+                        &mut aftermath.stale,
+                    );
+                }
+                if before.as_ref().is_some_and(HeldFrontend::is_sticky) {
+                    stale_choices(&frontend, before.as_ref(), next.as_ref(), &mut aftermath.forget);
                 }
             }
         }
@@ -193,6 +220,33 @@ impl Held {
             indices: HashMap::new(),
             strays: Changes::default(),
         }
+    }
+}
+
+/// For how many seconds clients of a frontend are remembered.
+pub(crate) fn affinity_seconds(action: &Action) -> Option<u32> {
+    match action {
+        Action::Forward { affinity: Some(affinity), .. } => u32::try_from(affinity.as_secs()).ok(),
+        _ => None,
+    }
+}
+
+/// Reads an element of the affinity map: what the client connected to, and where it was sent.
+pub(crate) fn read_choice(family: Family, element: &Element) -> Option<(Frontend, Endpoint)> {
+    let (_, rest) = read_address(element.key.as_slice(), family)?;
+    let (frontend, rest) = read_frontend(rest, family, Lane::Cluster)?;
+    let Data::Value(value) = &element.data else { return None };
+    let endpoint = read_endpoint(value.as_slice(), family)?;
+    rest.is_empty().then_some((frontend, endpoint))
+}
+
+impl Forget {
+    /// Whether this is about that choice.
+    pub(crate) fn concerns(&self, frontend: &Frontend, endpoint: Endpoint) -> bool {
+        self.frontend.protocol == frontend.protocol
+            && self.frontend.port == frontend.port
+            && self.frontend.address.is_none_or(|address| Some(address) == frontend.address)
+            && self.endpoint.is_none_or(|e| e == endpoint)
     }
 }
 
@@ -220,9 +274,10 @@ fn plan_frontend(
         }
     }
     let chosen = match action {
-        Some(Action::Forward { masquerade, .. }) => Some(Chosen::Pick(PickChain {
+        Some(Action::Forward { masquerade, affinity, .. }) => Some(Chosen::Pick(PickChain {
             lane: frontend.lane,
             masquerade: *masquerade,
+            sticky: affinity.is_some(),
             count: slots.len() as u32,
         })),
         Some(Action::Drop) => Some(Chosen::Drop),
@@ -247,8 +302,47 @@ fn plan_frontend(
             changes.remove(map, key);
         }
     }
+    let mut sticky = None;
+    if let Some(map) = maps.sticky {
+        sticky = action.and_then(affinity_seconds);
+        let before = held.and_then(|held| held.sticky);
+        if before != sticky {
+            if before.is_some() {
+                changes.remove(map, key);
+            }
+            if let Some(seconds) = sticky {
+                let chain = DynamicChain::Remember(seconds).name();
+                changes.add(map, key, Data::Verdict(Verdict::Goto(chain)));
+            }
+        }
+    }
     action?;
-    Some(HeldFrontend { chosen, rejected, slots: slots.into() })
+    Some(HeldFrontend { chosen, rejected, sticky, slots: slots.into() })
+}
+
+impl HeldFrontend {
+    fn is_sticky(&self) -> bool {
+        matches!(self.chosen, Some(Chosen::Pick(PickChain { sticky: true, .. })))
+    }
+}
+
+fn stale_choices(
+    frontend: &Frontend,
+    before: Option<&HeldFrontend>,
+    after: Option<&HeldFrontend>,
+    forget: &mut Vec<Forget>,
+) {
+    let Some(after) = after.filter(|after| after.is_sticky()) else {
+        forget.push(Forget { frontend: *frontend, endpoint: None });
+        return;
+    };
+    forget.extend(
+        before
+            .iter()
+            .flat_map(|before| &before.slots)
+            .filter(|endpoint| !after.slots.contains(endpoint))
+            .map(|endpoint| Forget { frontend: *frontend, endpoint: Some(*endpoint) }),
+    );
 }
 
 fn stale_connections(
@@ -379,7 +473,8 @@ impl Reading {
         let key = element.key.as_slice();
         for lane in Lane::ALL {
             let maps = layout::lane_maps(lane);
-            if maps.verdicts != set && maps.endpoints != set && maps.rejects != Some(set) {
+            let sets = [Some(maps.verdicts), Some(maps.endpoints), maps.rejects, maps.sticky];
+            if !sets.contains(&Some(set)) {
                 continue;
             }
             let (frontend, rest) = read_frontend(key, self.family, lane)?;
@@ -394,6 +489,12 @@ impl Reading {
             if maps.verdicts == set {
                 let chosen = Chosen::read(verdict);
                 self.held.frontends.entry(frontend).or_default().chosen = Some(chosen);
+            } else if maps.sticky == Some(set) {
+                let Verdict::Goto(chain) = verdict else { return None };
+                let DynamicChain::Remember(seconds) = DynamicChain::parse(chain)? else {
+                    return None;
+                };
+                self.held.frontends.entry(frontend).or_default().sticky = Some(seconds);
             } else {
                 if *verdict != Verdict::Goto(layout::REJECT.into()) {
                     return None;

@@ -33,6 +33,10 @@ const PRIORITY_SRCNAT: i32 = 100;
 const PRIORITY_BEFORE_DSTNAT: i32 = PRIORITY_DSTNAT - 10;
 /// `NF_IP_PRI_FILTER`.
 const PRIORITY_FILTER: i32 = 0;
+/// Remembers where new connections were sent, right after translation.
+const PRIORITY_AFTER_DSTNAT: i32 = PRIORITY_DSTNAT + 10;
+/// The most clients that are remembered at a time.
+const AFFINITY_SIZE: u32 = 262_144;
 /// Chains for so many endpoints are made at the start.
 const COMMON_ENDPOINTS: u32 = 8;
 
@@ -72,11 +76,18 @@ pub(crate) const CLUSTER_IPS: &str = "cluster-ips";
 pub(crate) const HAIRPIN: &str = "hairpin";
 /// The node's addresses that answer on node ports.
 pub(crate) const NODEPORT_IPS: &str = "nodeport-ips";
+/// `client . address . protocol . port → address . port`: where sticky clients went before.
+pub(crate) const AFFINITY: &str = "affinity";
+/// `address . protocol . port → goto remember-SECONDS`.
+pub(crate) const STICKY: &str = "sticky";
+/// `protocol . port → goto remember-SECONDS`.
+pub(crate) const STICKY_NODEPORTS: &str = "sticky-nodeports";
 /// Rejects.
 pub(crate) const REJECT: &str = "reject-at-once";
 
 const CHECK_ENDPOINTS: &str = "check-endpoints";
 const CHECK_CLUSTER_IPS: &str = "check-cluster-ips";
+const REMEMBER: &str = "remember";
 const FROM_OUTSIDE: &str = "nodeports-from-outside";
 const FROM_HOST: &str = "nodeports-from-host";
 
@@ -89,23 +100,30 @@ pub(crate) struct LaneMaps {
     pub(crate) endpoints: &'static str,
     /// The verdict map of those without endpoints; no lane but the first of its address needs one.
     pub(crate) rejects: Option<&'static str>,
+    /// The verdict map that says how long a client stays; shared by lanes of one address.
+    pub(crate) sticky: Option<&'static str>,
 }
 
 /// The maps in which a lane's traffic is looked up.
 pub(crate) fn lane_maps(lane: Lane) -> LaneMaps {
     match lane {
-        Lane::Cluster => {
-            LaneMaps { verdicts: SERVICES, endpoints: ENDPOINTS, rejects: Some(NO_ENDPOINTS) }
-        }
+        Lane::Cluster => LaneMaps {
+            verdicts: SERVICES,
+            endpoints: ENDPOINTS,
+            rejects: Some(NO_ENDPOINTS),
+            sticky: Some(STICKY),
+        },
         Lane::NodePort => LaneMaps {
             verdicts: NODEPORTS,
             endpoints: NODEPORT_ENDPOINTS,
             rejects: Some(NO_ENDPOINT_NODEPORTS),
+            sticky: Some(STICKY_NODEPORTS),
         },
         Lane::NodePortInside => LaneMaps {
             verdicts: NODEPORTS_INSIDE,
             endpoints: NODEPORT_INSIDE_ENDPOINTS,
             rejects: None,
+            sticky: None,
         },
     }
 }
@@ -115,6 +133,8 @@ pub(crate) fn lane_maps(lane: Lane) -> LaneMaps {
 pub(crate) struct PickChain {
     pub(crate) lane: Lane,
     pub(crate) masquerade: Masquerade,
+    /// Whether a client that was here before goes where it went then.
+    pub(crate) sticky: bool,
     /// How many endpoints there are to pick from.
     pub(crate) count: u32,
 }
@@ -122,17 +142,54 @@ pub(crate) struct PickChain {
 impl PickChain {
     /// The chain's name.
     pub(crate) fn name(self) -> String {
-        format!("{}{}", prefix(self.lane, self.masquerade), self.count)
+        let sticky = if self.sticky { STICKY_PREFIX } else { "" };
+        format!("{sticky}{}{}", prefix(self.lane, self.masquerade), self.count)
     }
 
     /// The chain with this name.
     pub(crate) fn parse(name: &str) -> Option<Self> {
+        let (sticky, rest) = match name.strip_prefix(STICKY_PREFIX) {
+            Some(rest) => (true, rest),
+            None => (false, name),
+        };
         PREFIXES.iter().find_map(|(lane, masquerade, prefix)| {
-            let digits = name.strip_prefix(prefix)?;
+            let digits = rest.strip_prefix(prefix)?;
             let count = digits.parse().ok().filter(|n| *n > 0)?;
-            let chain = Self { lane: *lane, masquerade: *masquerade, count };
+            let chain = Self { lane: *lane, masquerade: *masquerade, sticky, count };
             (chain.name() == name).then_some(chain)
         })
+    }
+}
+
+/// Chains of sticky services begin so.
+const STICKY_PREFIX: &str = "sticky-";
+
+/// A chain that is made when it is first needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum DynamicChain {
+    /// Picks an endpoint.
+    Pick(PickChain),
+    /// Remembers for so many seconds where a client was sent.
+    Remember(u32),
+}
+
+impl DynamicChain {
+    /// The chain's name.
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Pick(pick) => pick.name(),
+            Self::Remember(seconds) => format!("{REMEMBER}-{seconds}"),
+        }
+    }
+
+    /// The chain with this name.
+    pub(crate) fn parse(name: &str) -> Option<Self> {
+        let seconds = name.strip_prefix(REMEMBER).and_then(|rest| rest.strip_prefix('-'));
+        let chain = match seconds {
+            Some(seconds) => Self::Remember(seconds.parse().ok()?),
+            None => Self::Pick(PickChain::parse(name)?),
+        };
+        (chain.name() == name).then_some(chain)
     }
 }
 
@@ -197,6 +254,15 @@ impl Layout {
             set(CLUSTER_IPS, &[address], length, MapData::None),
             set(HAIRPIN, &[address, address], 2 * length, MapData::None),
             set(NODEPORT_IPS, &[address], length, MapData::None),
+            set(STICKY, &with_address[..3], length + 8, MapData::Verdict),
+            set(STICKY_NODEPORTS, &without[..2], 8, MapData::Verdict),
+            Set {
+                name: AFFINITY,
+                key_type: concat(&[address, address, INET_PROTO, INET_SERVICE]),
+                key_length: 2 * length + 8,
+                data: endpoint,
+                dynamic: Some(AFFINITY_SIZE),
+            },
         ]
     }
 
@@ -249,6 +315,19 @@ impl Layout {
                 PRIORITY_FILTER,
                 check_cluster_ips(),
             ),
+            filter(
+                "affinity-prerouting",
+                NF_INET_PRE_ROUTING,
+                PRIORITY_AFTER_DSTNAT,
+                self.translated(),
+            ),
+            filter(
+                "affinity-output",
+                NF_INET_LOCAL_OUT,
+                PRIORITY_AFTER_DSTNAT,
+                self.translated(),
+            ),
+            plain(REMEMBER, self.remember()),
             plain(FROM_OUTSIDE, self.node_ports_from_outside()),
             plain(FROM_HOST, self.node_ports_from_host()),
             plain(CHECK_ENDPOINTS, self.endpoint_checks()),
@@ -258,21 +337,41 @@ impl Layout {
     }
 
     /// The chains that are made before any Service is known.
-    pub(crate) fn common_picks() -> impl Iterator<Item = PickChain> {
-        (1..=COMMON_ENDPOINTS).map(|count| PickChain {
-            lane: Lane::Cluster,
-            masquerade: Masquerade::OffCluster,
-            count,
+    pub(crate) fn common_chains() -> impl Iterator<Item = DynamicChain> {
+        (1..=COMMON_ENDPOINTS).map(|count| {
+            DynamicChain::Pick(PickChain {
+                lane: Lane::Cluster,
+                masquerade: Masquerade::OffCluster,
+                sticky: false,
+                count,
+            })
         })
     }
 
     /// One chain of each kind.
-    pub(crate) fn one_pick_of_each() -> impl Iterator<Item = PickChain> {
-        PREFIXES.into_iter().map(|(lane, masquerade, _)| PickChain { lane, masquerade, count: 1 })
+    pub(crate) fn one_of_each() -> impl Iterator<Item = DynamicChain> {
+        let picks = PREFIXES.into_iter().flat_map(|(lane, masquerade, _)| {
+            [false, true].map(|sticky| {
+                DynamicChain::Pick(PickChain { lane, masquerade, sticky, count: 2 })
+            })
+        });
+        picks.chain([DynamicChain::Remember(10_800)])
+    }
+
+    /// A chain that is made when it is needed, with its rules.
+    pub(crate) fn dynamic_chain(&self, chain: DynamicChain) -> Chain {
+        match chain {
+            DynamicChain::Pick(pick) => self.pick_chain(pick),
+            DynamicChain::Remember(seconds) => Chain {
+                name: chain.name(),
+                hook: None,
+                rules: vec![rule("where the client was sent", self.remember_for(seconds))],
+            },
+        }
     }
 
     /// A chain that picks one of so many endpoints.
-    pub(crate) fn pick_chain(&self, chain: PickChain) -> Chain {
+    fn pick_chain(&self, chain: PickChain) -> Chain {
         let mut rules = Vec::new();
         let mark = match chain.masquerade {
             Masquerade::Always => Some(("hide the client's address", Vec::new())),
@@ -291,19 +390,18 @@ impl Layout {
             steps.extend(self.set_mark());
             rules.push(rule(comment, steps));
         }
+        if chain.sticky {
+            rules.push(rule("where it went before", self.return_to_endpoint()));
+            let afresh = PickChain { sticky: false, ..chain };
+            rules.push(rule("or afresh", vec![verdict(Verdict::Goto(afresh.name()))]));
+            return Chain { name: chain.name(), hook: None, rules };
+        }
         let map = lane_maps(chain.lane).endpoints;
         let with_address = chain.lane == Lane::Cluster;
         let pick = |modulus| {
             let (mut steps, next) = self.frontend_key(with_address);
             steps.push(Expression::Random { to: next, modulus });
-            let first = Register::new(0);
-            let port = Register::new(self.address_length() / 4);
-            steps.push(Expression::MapLookup { map, key: first, to: first });
-            steps.push(Expression::DestinationNat {
-                family: self.family.protocol_family(),
-                address: first,
-                port,
-            });
+            steps.extend(self.translate_by(map));
             steps
         };
         rules.push(rule(&format!("one of {}", chain.count), pick(chain.count)));
@@ -316,8 +414,7 @@ impl Layout {
 
     /// A text that differs when the rules do, kept in the table.
     pub(crate) fn fingerprint(&self) -> String {
-        let picks = PREFIXES
-            .map(|(lane, masquerade, _)| self.pick_chain(PickChain { lane, masquerade, count: 2 }));
+        let picks: Vec<Chain> = Self::one_of_each().map(|c| self.dynamic_chain(c)).collect();
         let all = format!("{LAYOUT_VERSION} {:?} {:?} {picks:?}", self.sets(), self.chains());
         // FNV-1a: stable over releases of the compiler, and good enough to tell layouts apart.
         let hash = all.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -369,6 +466,93 @@ impl Layout {
             length: 2,
         });
         (steps, Register::new(next + 2))
+    }
+
+    /// Looks up the key from the first register on, and translates to what the map has.
+    fn translate_by(&self, map: &'static str) -> [Expression; 2] {
+        let first = Register::new(0);
+        [
+            Expression::MapLookup { map, key: first, to: first },
+            Expression::DestinationNat {
+                family: self.family.protocol_family(),
+                address: first,
+                port: Register::new(self.address_length() / 4),
+            },
+        ]
+    }
+
+    fn return_to_endpoint(&self) -> Vec<Expression> {
+        let words = self.address_length() / 4;
+        let mut steps = vec![
+            self.source_address(Register::new(0)),
+            self.destination_address(Register::new(words)),
+            Expression::TransportProtocol { to: Register::new(2 * words) },
+            Expression::TransportHeader { to: Register::new(2 * words + 1), offset: 2, length: 2 },
+        ];
+        steps.extend(self.translate_by(AFFINITY));
+        steps
+    }
+
+    fn translated(&self) -> Vec<Rule> {
+        // IPS_DST_NAT
+        const TRANSLATED: u32 = 1 << 5;
+        let mut steps = self.new_connection();
+        let status = Expression::Connection { to: Register::new(0), key: Ct::Status };
+        steps.extend(bits_set(status, TRANSLATED));
+        steps.push(verdict(Verdict::Goto(REMEMBER.into())));
+        vec![rule("new connections", steps)]
+    }
+
+    fn remember(&self) -> Vec<Rule> {
+        let v6 = self.family == Family::V6;
+        let lookup = |map, address: bool| {
+            let mut steps = Vec::new();
+            let mut next = 0;
+            if address {
+                let key = Ct::OriginalDestination { v6 };
+                steps.push(Expression::Connection { to: Register::new(0), key });
+                next = self.address_length() / 4;
+            }
+            steps.push(Expression::TransportProtocol { to: Register::new(next) });
+            steps.push(Expression::Connection {
+                to: Register::new(next + 1),
+                key: Ct::OriginalPort,
+            });
+            steps.push(Expression::VerdictLookup { map, key: Register::new(0) });
+            steps
+        };
+        vec![
+            rule("sticky services", lookup(STICKY, true)),
+            rule("sticky node ports", lookup(STICKY_NODEPORTS, false)),
+        ]
+    }
+
+    fn remember_for(&self, seconds: u32) -> Vec<Expression> {
+        let v6 = self.family == Family::V6;
+        let words = self.address_length() / 4;
+        let key = Register::new(0);
+        let data = Register::new(2 * words + 2);
+        vec![
+            Expression::Connection { to: key, key: Ct::OriginalSource { v6 } },
+            Expression::Connection {
+                to: Register::new(words),
+                key: Ct::OriginalDestination { v6 },
+            },
+            Expression::TransportProtocol { to: Register::new(2 * words) },
+            Expression::Connection { to: Register::new(2 * words + 1), key: Ct::OriginalPort },
+            self.destination_address(data),
+            Expression::TransportHeader {
+                to: Register::new(3 * words + 2),
+                offset: 2,
+                length: 2,
+            },
+            Expression::UpdateMap {
+                map: AFFINITY,
+                key,
+                data,
+                timeout: u64::from(seconds) * 1_000,
+            },
+        ]
     }
 
     fn verdict_lookup(&self, map: &'static str, with_address: bool) -> Vec<Expression> {

@@ -28,4 +28,6 @@ pub(crate) mod uapi;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
+mod model_test;
+#[cfg(test)]
 mod packets;

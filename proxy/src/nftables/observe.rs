@@ -9,7 +9,7 @@ use super::{
     attribute::Attributes,
     batch::{Chain, Element, TABLE, comment_of},
     held::{Changes, Held},
-    layout::{Layout, PickChain},
+    layout::{DynamicChain, Layout},
     socket::{NftError, NftSocket},
     uapi::*,
 };
@@ -56,11 +56,11 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
     let mut expected: HashMap<String, Chain> =
         layout.chains().into_iter().map(|chain| (chain.name.clone(), chain)).collect();
     for (name, found) in &chains {
-        let chain = match (expected.remove(name), PickChain::parse(name)) {
+        let chain = match (expected.remove(name), DynamicChain::parse(name)) {
             (Some(chain), _) => chain,
-            (None, Some(pick)) => {
-                picks.insert(pick);
-                layout.pick_chain(pick)
+            (None, Some(dynamic)) => {
+                picks.insert(dynamic);
+                layout.dynamic_chain(dynamic)
             }
             (None, None) => return different(format!("there is a chain {name} that isn't ours")),
         };
@@ -72,12 +72,13 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
     if let Some(name) = expected.keys().next() {
         return different(format!("the chain {name} is gone"));
     }
-    if let Some(pick) = Layout::common_picks().find(|pick| !picks.contains(pick)) {
+    if let Some(pick) = Layout::common_chains().find(|pick| !picks.contains(pick)) {
         return different(format!("the chain {} is gone", pick.name()));
     }
 
     let reading = RefCell::new(Held::reading(layout.family));
-    for set in layout.sets() {
+    // What packets write isn't ours to compare.
+    for set in layout.sets().into_iter().filter(|set| set.dynamic.is_none()) {
         // A listing that is begun again lists again what was taken in before; what another program
         // removed meanwhile is told by the monitor.
         socket.list(

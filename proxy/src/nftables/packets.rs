@@ -76,6 +76,7 @@ impl Proxy {
         }
         let applied = self.table.apply(&dirty, &self.desired).unwrap();
         assert!(applied.refused.is_empty(), "{:?}", applied.refused);
+        self.table.forget(&applied.aftermath.forget).unwrap();
         applied
     }
 
@@ -316,6 +317,60 @@ fn node_ports_answer_on_the_nodes_addresses_and_keep_to_their_policy() {
     for _ in 0..8 {
         assert_eq!(connect(&net.client, "192.0.2.1:30080"), Ok((1, ip("192.0.2.2"))));
     }
+}
+
+#[test]
+fn sticky_clients_return_while_their_endpoint_is_there() {
+    let net = Net::new(3);
+    let mut proxy = Proxy::start(&net.host);
+    let spec = |affinity, timeout| {
+        json!({"clusterIP": "10.96.0.1", "type": "NodePort", "sessionAffinity": affinity,
+               "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": timeout}},
+               "ports": [{"port": 80, "nodePort": 30080}]})
+    };
+    proxy.apply(service("web", spec("ClientIP", 1000)));
+    proxy.apply(slice("web", "TCP", &[1, 2, 3]));
+    for to in ["10.96.0.1:80", "192.0.2.1:30080"] {
+        let (first, _) = connect(&net.client, to).unwrap();
+        for _ in 0..15 {
+            assert_eq!(connect(&net.client, to).map(|(n, _)| n), Ok(first), "{to}");
+        }
+    }
+    let listed = net.host.sh("nft list ruleset");
+    for text in [
+        "10.96.0.1 . tcp . 80 : goto sticky-endpoints-3",
+        "10.96.0.1 . tcp . 80 : goto remember-1000",
+        "update @affinity { ct original ip saddr . ct original ip daddr",
+    ] {
+        assert!(listed.contains(text), "{text} isn't in:\n{listed}");
+    }
+
+    // When its endpoint goes the client gets another one and stays there.
+    let (first, _) = connect(&net.client, "10.96.0.1:80").unwrap();
+    let others: Vec<u8> = (1..=3).filter(|n| *n != first).collect();
+    proxy.apply(slice("web", "TCP", &others));
+    let (second, _) = connect(&net.client, "10.96.0.1:80").unwrap();
+    assert_ne!(second, first);
+    proxy.apply(slice("web", "TCP", &[1, 2, 3]));
+    for _ in 0..15 {
+        assert_eq!(connect(&net.client, "10.96.0.1:80").map(|(n, _)| n), Ok(second));
+    }
+
+    // The time can be changed, and runs out.
+    proxy.apply(service("web", spec("ClientIP", 1)));
+    let remembered = || net.host.sh("nft list map ip keelson-proxy affinity").contains("elements");
+    connect(&net.client, "10.96.0.1:80").unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    net.host.sh("nft flush map ip keelson-proxy affinity");
+    connect(&net.client, "10.96.0.1:80").unwrap();
+    assert!(remembered());
+    while remembered() {
+        assert!(Instant::now() < deadline, "a second is long over");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    connect(&net.client, "10.96.0.1:80").unwrap();
+    proxy.apply(service("web", spec("None", 1)));
+    assert!(!remembered());
 }
 
 #[test]

@@ -69,7 +69,6 @@ pub(crate) const NFTA_SET_DATA_LEN: u16 = 7;
 pub(crate) const NFTA_SET_DESC: u16 = 9;
 pub(crate) const NFTA_SET_DESC_SIZE: u16 = 1;
 pub(crate) const NFTA_SET_ID: u16 = 10;
-pub(crate) const NFTA_SET_TIMEOUT: u16 = 11;
 pub(crate) const NFT_SET_MAP: u32 = 0x08;
 pub(crate) const NFT_SET_TIMEOUT: u32 = 0x10;
 pub(crate) const NFT_SET_EVAL: u32 = 0x20;

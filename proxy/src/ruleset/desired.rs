@@ -86,11 +86,6 @@ impl Desired {
         addresses.chain(self.frontends.keys().map(|frontend| Unit::Frontend(*frontend)))
     }
 
-    /// Every frontend and what becomes of its traffic.
-    pub(crate) fn frontends(&self) -> impl Iterator<Item = (&Frontend, &Action)> {
-        self.frontends.iter().map(|(frontend, claim)| (frontend, &claim.action))
-    }
-
     /// Puts in place what a Service wants now (`None` if it is gone), instead of what it wanted.
     pub(crate) fn replace(&mut self, service: &ObjectKey, rules: Option<ServiceRules>) -> Outcome {
         let mut outcome = Outcome::default();
