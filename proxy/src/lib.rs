@@ -21,6 +21,8 @@
 mod config;
 mod conntrack;
 mod health;
+#[cfg(test)]
+mod loop_test;
 mod metrics;
 mod model;
 #[cfg(test)]

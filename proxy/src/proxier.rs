@@ -385,8 +385,7 @@ fn report(events: &EventRecorder, objects: &ServiceTable, key: &ObjectKey, probl
 
 fn forget(table: &mut Table, forget: &[Forget]) {
     let family = table.family();
-    let own: Vec<Forget> =
-        forget.iter().filter(|f| f.frontend.family == family).cloned().collect();
+    let own: Vec<Forget> = forget.iter().filter(|f| f.frontend.family == family).cloned().collect();
     if let Err(error) = table.forget(&own) {
         tracing::warn!(%error, "sticky clients may be sent to endpoints that are gone");
     }

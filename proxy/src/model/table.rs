@@ -167,24 +167,18 @@ fn add_frontends(
         forward(inside, Masquerade::OffCluster),
     ));
     let Some(node_port) = port.node_port else { return };
-    match service.external_policy {
-        TrafficPolicy::Cluster => rules.frontends.push((
-            frontend(Lane::NodePort, None, node_port),
-            forward(&eligible.cluster, Masquerade::Always),
-        )),
-        TrafficPolicy::Local => {
-            rules.frontends.push((
-                frontend(Lane::NodePort, None, node_port),
-                forward(&eligible.local, Masquerade::Never),
-            ));
-            // From inside the cluster the policy doesn't count: the client's address is known
-            // wherever the endpoint is.
-            if !eligible.cluster.is_empty() {
-                rules.frontends.push((
-                    frontend(Lane::NodePortInside, None, node_port),
-                    forward(&eligible.cluster, Masquerade::OffCluster),
-                ));
-            }
+    // With `externalTrafficPolicy: Local` the policy doesn't count for clients inside the cluster:
+    // their address is known wherever the endpoint is.
+    let (outside, inside) = match service.external_policy {
+        TrafficPolicy::Cluster => (forward(&eligible.cluster, Masquerade::Always), Action::Nothing),
+        TrafficPolicy::Local if eligible.cluster.is_empty() => {
+            (forward(&eligible.local, Masquerade::Never), Action::Nothing)
         }
-    }
+        TrafficPolicy::Local => (
+            forward(&eligible.local, Masquerade::Never),
+            forward(&eligible.cluster, Masquerade::OffCluster),
+        ),
+    };
+    rules.frontends.push((frontend(Lane::NodePort, None, node_port), outside));
+    rules.frontends.push((frontend(Lane::NodePortInside, None, node_port), inside));
 }

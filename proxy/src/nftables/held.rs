@@ -281,7 +281,7 @@ fn plan_frontend(
             count: slots.len() as u32,
         })),
         Some(Action::Drop) => Some(Chosen::Drop),
-        Some(Action::Reject) | None => None,
+        Some(Action::Reject | Action::Nothing) | None => None,
     };
     let before = held.and_then(|held| held.chosen.as_ref());
     if before != chosen.as_ref() {

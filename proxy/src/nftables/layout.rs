@@ -321,12 +321,7 @@ impl Layout {
                 PRIORITY_AFTER_DSTNAT,
                 self.translated(),
             ),
-            filter(
-                "affinity-output",
-                NF_INET_LOCAL_OUT,
-                PRIORITY_AFTER_DSTNAT,
-                self.translated(),
-            ),
+            filter("affinity-output", NF_INET_LOCAL_OUT, PRIORITY_AFTER_DSTNAT, self.translated()),
             plain(REMEMBER, self.remember()),
             plain(FROM_OUTSIDE, self.node_ports_from_outside()),
             plain(FROM_HOST, self.node_ports_from_host()),
@@ -351,9 +346,8 @@ impl Layout {
     /// One chain of each kind.
     pub(crate) fn one_of_each() -> impl Iterator<Item = DynamicChain> {
         let picks = PREFIXES.into_iter().flat_map(|(lane, masquerade, _)| {
-            [false, true].map(|sticky| {
-                DynamicChain::Pick(PickChain { lane, masquerade, sticky, count: 2 })
-            })
+            [false, true]
+                .map(|sticky| DynamicChain::Pick(PickChain { lane, masquerade, sticky, count: 2 }))
         });
         picks.chain([DynamicChain::Remember(10_800)])
     }
@@ -541,17 +535,8 @@ impl Layout {
             Expression::TransportProtocol { to: Register::new(2 * words) },
             Expression::Connection { to: Register::new(2 * words + 1), key: Ct::OriginalPort },
             self.destination_address(data),
-            Expression::TransportHeader {
-                to: Register::new(3 * words + 2),
-                offset: 2,
-                length: 2,
-            },
-            Expression::UpdateMap {
-                map: AFFINITY,
-                key,
-                data,
-                timeout: u64::from(seconds) * 1_000,
-            },
+            Expression::TransportHeader { to: Register::new(3 * words + 2), offset: 2, length: 2 },
+            Expression::UpdateMap { map: AFFINITY, key, data, timeout: u64::from(seconds) * 1_000 },
         ]
     }
 

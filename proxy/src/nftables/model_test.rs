@@ -23,9 +23,20 @@ type Point = (u8, bool, bool, bool, bool);
 
 #[derive(Clone, Debug)]
 enum Step {
-    Service { n: u8, created: u8, node_port: u8, internal_local: bool, external_local: bool, affinity: bool },
+    Service {
+        n: u8,
+        created: u8,
+        node_port: u8,
+        internal_local: bool,
+        external_local: bool,
+        affinity: bool,
+    },
     RemoveService(u8),
-    Slice { n: u8, part: u8, points: Vec<Point> },
+    Slice {
+        n: u8,
+        part: u8,
+        points: Vec<Point>,
+    },
     RemoveSlice(u8, u8),
     Restart,
 }
@@ -71,11 +82,8 @@ impl World {
         }
         let mine: Vec<&Point> = all.values().filter(|p| !local_only || p.4).collect();
         let ready: Vec<&&Point> = mine.iter().filter(|p| p.1).collect();
-        let chosen = if ready.is_empty() {
-            mine.iter().filter(|p| p.2 && p.3).collect()
-        } else {
-            ready
-        };
+        let chosen =
+            if ready.is_empty() { mine.iter().filter(|p| p.2 && p.3).collect() } else { ready };
         chosen.iter().map(|p| format!("10.244.0.{} . 8080", p.0)).collect()
     }
 
@@ -158,7 +166,14 @@ fn elements(host: &Namespace, map: &str) -> Vec<(String, String)> {
         .map(|element| {
             let (key, value) = element.split_once(" : ").unwrap();
             let words = |t: &str| t.split_whitespace().collect::<Vec<_>>().join(" ");
-            (words(key).replace(" 6 ", " tcp ").replacen("6 . ", "tcp . ", usize::from(key.trim().starts_with("6 "))), words(value))
+            (
+                words(key).replace(" 6 ", " tcp ").replacen(
+                    "6 . ",
+                    "tcp . ",
+                    usize::from(key.trim().starts_with("6 ")),
+                ),
+                words(value),
+            )
         })
         .collect()
 }

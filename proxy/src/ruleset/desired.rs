@@ -67,7 +67,8 @@ struct Entry {
 impl Desired {
     /// What a frontend's traffic should do; `None` if there should be no such frontend.
     pub(crate) fn action(&self, frontend: &Frontend) -> Option<&Action> {
-        self.frontends.get(frontend).map(|claim| &claim.action)
+        let action = self.frontends.get(frontend).map(|claim| &claim.action);
+        action.filter(|action| **action != Action::Nothing)
     }
 
     /// Whether an address should be in a set.

@@ -82,6 +82,9 @@ pub(crate) enum Action {
     Drop,
     /// It is answered with a reset or port unreachable: there is no endpoint at all.
     Reject,
+    /// Nothing of its own, as another lane of the same port says it all. It is claimed none the
+    /// less, or another Service might have one lane of a port and this one the other.
+    Nothing,
 }
 
 /// A set of addresses that rules look at.
