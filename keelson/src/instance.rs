@@ -36,6 +36,22 @@ pub(crate) struct Record {
     pub(crate) cgroup_root: String,
 }
 
+impl Record {
+    /// What is the same for every role.
+    pub(crate) fn of_this_process(node_name: &str) -> Self {
+        Self {
+            // Process ids are below 2^22.
+            pid: i32::try_from(std::process::id()).unwrap_or(i32::MAX),
+            role: String::new(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node_name: node_name.to_owned(),
+            api_server: None,
+            ready: false,
+            cgroup_root: String::new(),
+        }
+    }
+}
+
 /// Holds the folders for this process until dropped.
 #[derive(Debug)]
 pub(crate) struct Held {

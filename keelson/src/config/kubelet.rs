@@ -163,6 +163,9 @@ const FIELDS: &[(&str, Field)] = &[
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct KubeletSettings {
+    /// The fields as they were read.
+    #[serde(skip)]
+    read: serde_json::Value,
     /// Where the kubelet's HTTPS API listens.
     pub(crate) address: Option<IpAddr>,
     /// Who may use it.
@@ -303,8 +306,22 @@ impl KubeletSettings {
         for field in checked.unsupported {
             tracing::warn!(file = %path.display(), "{field}");
         }
-        serde_json::from_value(checked.fields)
-            .with_context(|| format!("config file {}", path.display()))
+        let mut settings: Self = serde_json::from_value(checked.fields.clone())
+            .with_context(|| format!("config file {}", path.display()))?;
+        settings.read = checked.fields;
+        Ok(settings)
+    }
+
+    /// What `/configz` shows: the fields that were given, with kind and version.
+    pub(crate) fn shown(&self) -> serde_json::Value {
+        let mut shown = serde_json::json!({
+            "kind": "KubeletConfiguration",
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        });
+        for (name, value) in self.read.as_object().into_iter().flatten() {
+            shown[name] = value.clone();
+        }
+        shown
     }
 }
 

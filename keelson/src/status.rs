@@ -1,0 +1,54 @@
+//! `keelson status`: what runs here, and whether it is well.
+
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::{Api, Client, api::ListParams};
+
+use crate::{cli::StatusArgs, instance, paths::Paths, run};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Prints it.
+///
+/// # Errors
+/// When nothing runs here, or it does not answer: the exit code tells scripts.
+pub(crate) async fn run(args: &StatusArgs) -> anyhow::Result<()> {
+    let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
+    if !instance::is_running(&paths) {
+        bail!("nothing runs here: `keelson up{}` starts it", paths.flag());
+    }
+    let record = instance::read(&paths)?.context("it has left no record of itself")?;
+    println!("process     {} ({}, version {})", record.pid, record.role, record.version);
+    println!("node        {}", record.node_name);
+    println!("ready       {}", if record.ready { "yes" } else { "not yet" });
+    let Some(server) = record.api_server else { return Ok(()) };
+    println!("API server  {server}");
+    println!("kubeconfig  {}", paths.admin_kubeconfig.display());
+    let client = run::client(&paths.admin_kubeconfig).await?;
+    let shown = tokio::time::timeout(PATIENCE, show_cluster(client)).await;
+    shown.with_context(|| format!("the API server does not answer within {PATIENCE:?}"))?
+}
+
+async fn show_cluster(client: Client) -> anyhow::Result<()> {
+    let list = ListParams::default();
+    let nodes = Api::<Node>::all(client.clone()).list(&list).await.context("nodes")?;
+    for node in nodes {
+        let name = node.metadata.name.unwrap_or_default();
+        let conditions = node.status.and_then(|s| s.conditions).unwrap_or_default();
+        let troubles: Vec<String> = conditions
+            .iter()
+            .filter(|c| (c.type_ == "Ready") != (c.status == "True"))
+            .map(|c| format!("{}={} ({})", c.type_, c.status, c.reason.as_deref().unwrap_or("")))
+            .collect();
+        let state = if troubles.is_empty() { "well".to_owned() } else { troubles.join(", ") };
+        println!("node        {name}: {state}");
+    }
+    let pods = Api::<Pod>::all(client).list(&list).await.context("pods")?;
+    let phase = |pod: &Pod| pod.status.as_ref().and_then(|s| s.phase.clone()).unwrap_or_default();
+    let running = pods.iter().filter(|pod| phase(pod) == "Running").count();
+    println!("pods        {running} of {} running", pods.items.len());
+    Ok(())
+}
