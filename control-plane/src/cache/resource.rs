@@ -79,9 +79,9 @@ impl Event {
     }
 
     /// What this is to a watcher who wants objects that match; `None` if nothing.
-    pub fn select(&self, matches: impl Fn(&Value) -> bool) -> Option<Selected> {
+    pub fn select(&self, matches: impl Fn(&Arc<Value>) -> bool) -> Option<Selected> {
         let now = !self.deleted && matches(&self.object);
-        let before = self.previous.as_deref().is_some_and(&matches);
+        let before = self.previous.as_ref().is_some_and(&matches);
         let shared = |kind| Selected { kind, object: Arc::clone(&self.object), shared: true };
         match (now, before) {
             (true, false) => Some(shared(EventKind::Added)),
@@ -255,7 +255,7 @@ impl ResourceCache {
         namespace: Option<&str>,
         after: Option<&str>,
         limit: usize,
-        matches: impl Fn(&Value) -> bool,
+        matches: impl Fn(&Arc<Value>) -> bool,
     ) -> (Snapshot, Page) {
         // Read first: all events up to here are in the state that is looked at next.
         let applied = *self.applied.borrow();

@@ -1,0 +1,188 @@
+//! Paths that are no resource: health, version, metrics, discovery, OpenAPI, token keys.
+
+use std::fmt::Write as _;
+
+use http::{HeaderValue, Method, StatusCode, header};
+use keelson_api::metrics;
+use serde_json::{Value, json};
+
+use super::{
+    core::{Call, Core},
+    negotiate::Shape,
+    respond::{self, Answer},
+};
+use crate::{discovery, openapi, status::Status};
+
+pub(crate) fn serve(core: &Core, call: &Call, method: &Method) -> Result<Answer, Status> {
+    if !matches!(*method, Method::GET | Method::HEAD) {
+        return Err(Status::method_not_allowed());
+    }
+    let parts: Vec<&str> = call.info.path.split('/').filter(|part| !part.is_empty()).collect();
+    match parts.as_slice() {
+        [probe @ ("healthz" | "livez" | "readyz"), check @ ..] => health(core, call, probe, check),
+        ["version"] => plain(call, &version()),
+        ["metrics"] => {
+            let text = metrics::encode(&core.registered).map_err(Status::internal)?;
+            Ok(respond::respond(StatusCode::OK, metrics::CONTENT_TYPE, respond::full(text)))
+        }
+        ["openapi", "v2"] => Ok(json_bytes(openapi::v2())),
+        ["openapi", "v3"] => Ok(json_bytes(openapi::v3_index())),
+        ["openapi", "v3", group_version @ ..] => {
+            let document = openapi::v3(&group_version.join("/"));
+            document.map(json_bytes).ok_or_else(Status::unknown_path)
+        }
+        [".well-known", "openid-configuration"] => {
+            let document = core.security.answers.openid_configuration();
+            Ok(respond::document(StatusCode::OK, &document, Default::default()))
+        }
+        ["openid", "v1", "jwks"] => {
+            let body = core.security.answers.key_set().to_string();
+            let media_type = "application/jwk-set+json";
+            Ok(respond::respond(StatusCode::OK, media_type, respond::full(body)))
+        }
+        ["api"] => discover(core, call, "core", |core| discovery::api_versions(&core.registry)),
+        ["apis"] => discover(core, call, "apis", |core| discovery::api_group_list(&core.registry)),
+        ["api", version] => found(call, discovery::api_resource_list(&core.registry, "", version)),
+        ["apis", group] => found(call, discovery::api_group(&core.registry, group)),
+        ["apis", group, version] => {
+            found(call, discovery::api_resource_list(&core.registry, group, version))
+        }
+        [] => plain(call, &json!({ "paths": paths(core) })),
+        _ => Err(Status::unknown_path()),
+    }
+}
+
+fn plain(call: &Call, document: &Value) -> Result<Answer, Status> {
+    Ok(respond::document(StatusCode::OK, document, call.accept(&[])?))
+}
+
+fn found(call: &Call, document: Option<Value>) -> Result<Answer, Status> {
+    plain(call, &document.ok_or_else(Status::unknown_path)?)
+}
+
+fn json_bytes(bytes: impl Into<bytes::Bytes>) -> Answer {
+    respond::respond(StatusCode::OK, "application/json", respond::full(bytes))
+}
+
+/// All groups, in one document if the client takes that.
+fn discover(
+    core: &Core,
+    call: &Call,
+    scope: &str,
+    plainly: impl FnOnce(&Core) -> Value,
+) -> Result<Answer, Status> {
+    let accepted = call.accept(&[Shape::AggregatedDiscovery])?;
+    let aggregated = accepted.shape == Shape::AggregatedDiscovery;
+    let document = if aggregated {
+        discovery::aggregated(&core.registry, scope)
+    } else {
+        plainly(core)
+    };
+    let mut answer = respond::document(StatusCode::OK, &document, accepted);
+    let headers = answer.headers_mut();
+    headers.insert(header::VARY, HeaderValue::from_static("Accept"));
+    if aggregated {
+        let media_type = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
+    }
+    Ok(answer)
+}
+
+/// The index of what there is.
+fn paths(core: &Core) -> Vec<String> {
+    let mut paths: Vec<String> = core
+        .registry
+        .resources()
+        .flat_map(|resource| {
+            let (group, version) = (&resource.group, &resource.version);
+            if group.is_empty() {
+                vec!["/api".to_owned(), format!("/api/{version}")]
+            } else {
+                let group = format!("/apis/{group}");
+                vec!["/apis".to_owned(), format!("{group}/{version}"), group]
+            }
+        })
+        .chain(
+            [
+                "/.well-known/openid-configuration",
+                "/healthz",
+                "/livez",
+                "/metrics",
+                "/openapi/v2",
+                "/openapi/v3",
+                "/openid/v1/jwks",
+                "/readyz",
+                "/version",
+            ]
+            .map(str::to_owned),
+        )
+        .collect();
+    paths.sort();
+    paths.dedup();
+    paths
+}
+
+/// `/version`.
+pub(crate) fn version() -> Value {
+    let kubernetes = keelson_api::KUBERNETES_VERSION;
+    let mut numbers = kubernetes.trim_start_matches('v').split('.');
+    json!({
+        "major": numbers.next().unwrap_or_default(),
+        "minor": numbers.next().unwrap_or_default(),
+        "gitVersion": format!("{kubernetes}+keelson"),
+        "gitCommit": "",
+        "gitTreeState": "",
+        "buildDate": "1970-01-01T00:00:00Z",
+        "goVersion": "",
+        "compiler": "rustc",
+        "platform": format!("{}/{}", std::env::consts::OS, architecture()),
+    })
+}
+
+/// As Go names it, and thus Kubernetes.
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+/// `/healthz`, `/livez` and `/readyz`, whole or one check of it.
+fn health(core: &Core, call: &Call, probe: &str, only: &[&str]) -> Result<Answer, Status> {
+    let mut checks: Vec<(&str, bool)> =
+        vec![("ping", true), ("log", true), ("etcd", core.store_is_open())];
+    if probe != "livez" {
+        checks.push(("poststarthook/start-apiserver-bootstrap", core.is_bootstrapped()));
+    }
+    if probe == "readyz" {
+        checks.push(("informer-sync", core.cache_is_current()));
+        checks.push(("shutdown", !core.shutdown.is_cancelled()));
+    }
+    if !only.is_empty() {
+        let name = only.join("/");
+        checks.retain(|(check, _)| *check == name);
+        if checks.is_empty() {
+            return Err(Status::unknown_path());
+        }
+    }
+    let excluded: Vec<&str> = call.info.query.all("exclude").collect();
+    checks.retain(|(check, _)| !excluded.contains(check));
+    let failed = checks.iter().any(|(_, ok)| !ok);
+    let code = if failed { StatusCode::INTERNAL_SERVER_ERROR } else { StatusCode::OK };
+    if !failed && !call.info.query.has("verbose") {
+        return Ok(respond::text(code, "ok"));
+    }
+    let mut text = String::new();
+    for (check, ok) in &checks {
+        let line = if *ok {
+            writeln!(text, "[+]{check} ok")
+        } else {
+            writeln!(text, "[-]{check} failed: reason withheld")
+        };
+        line.map_err(Status::internal)?;
+    }
+    let result = if failed { "failed" } else { "passed" };
+    writeln!(text, "{probe} check {result}").map_err(Status::internal)?;
+    Ok(respond::text(code, text))
+}
