@@ -1,5 +1,6 @@
 //! A thin control plane that speaks the Kubernetes API.
 
+mod metrics;
 mod schema;
 
 pub mod admission;
@@ -15,6 +16,7 @@ pub mod patch;
 pub mod pki;
 pub mod registry;
 pub mod scheduler;
+pub mod server;
 pub mod status;
 pub mod store;
 pub mod table;

@@ -25,6 +25,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use resource::encode;
 pub use resource::{Event, EventKind, ResourceCache, Selected, Snapshot, TooOld, Watcher};
 
 use crate::{

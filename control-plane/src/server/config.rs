@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::{
     admission::{Admission, Refusal},
-    auth::{Authenticator, Authorizer, UserInfo},
+    auth::{Anonymous, Authenticator, Authorizer, UserInfo},
     lookup::Lookup,
     registry::Resource,
 };
@@ -96,8 +96,8 @@ pub type MakeSecurity = Box<
 pub struct Security {
     /// Who asks.
     pub authenticator: Arc<dyn Authenticator>,
-    /// The user of requests without credentials; `None` refuses them with 401.
-    pub anonymous: Option<UserInfo>,
+    /// Who requests without credentials are made as, if they are served at all.
+    pub anonymous: Anonymous,
     /// Whether they may.
     pub authorizer: Arc<dyn Authorizer>,
     /// Whether the object may be so.
@@ -117,7 +117,7 @@ pub trait SecurityAnswers: Send + Sync + 'static {
         resource: &Resource,
         namespace: &str,
         user: &UserInfo,
-        question: Value,
+        question: &Value,
     ) -> Result<Value, Refusal>;
 
     /// Issues a token: the `TokenRequest` with its status.

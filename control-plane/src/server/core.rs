@@ -126,8 +126,8 @@ impl Core {
             .ok_or_else(Status::method_not_allowed)
     }
 
-    pub(crate) fn is_ready(&self) -> bool {
-        self.bootstrapped.load(Ordering::Acquire) && !self.shutdown.is_cancelled()
+    pub(crate) fn is_bootstrapped(&self) -> bool {
+        self.bootstrapped.load(Ordering::Acquire)
     }
 
     /// Waits until the cache holds all that was answered before now.

@@ -11,6 +11,7 @@
 //! * [`request`], [`negotiate`], [`respond`]: URLs and headers in, answers out.
 //! * [`core`](self::core): what the handlers share, and their way into the store.
 //! * [`objects`]: one set of handlers for all resources.
+//! * [`security`]: who decides who may do what.
 //! * [`services`]: addresses and node ports.
 //! * [`streams`]: what kubelets and pods answer.
 //! * [`bootstrap`], [`expiry`]: what is there from the start, and what does not stay.
@@ -33,6 +34,7 @@ mod nonresource;
 pub(crate) mod objects;
 pub(crate) mod request;
 mod respond;
+mod security;
 mod service;
 mod services;
 mod streams;
@@ -55,6 +57,7 @@ use tower::ServiceExt as _;
 
 pub use config::{ApiServerConfig, Limits, MakeSecurity, Security, SecurityAnswers};
 pub use respond::{Body, BoxError};
+pub use security::ClusterSecurity;
 pub use service::ApiService;
 
 use self::{bootstrap::Endpoint, core::Core, services::ServiceAllocator};

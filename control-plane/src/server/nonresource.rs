@@ -151,12 +151,11 @@ fn architecture() -> &'static str {
 /// `/healthz`, `/livez` and `/readyz`, whole or one check of it.
 fn health(core: &Core, call: &Call, probe: &str, only: &[&str]) -> Result<Answer, Status> {
     let mut checks: Vec<(&str, bool)> =
-        vec![("ping", true), ("log", true), ("etcd", core.store_is_open())];
+        vec![("ping", true), ("log", true), ("etcd", core.store.is_healthy())];
     if probe != "livez" {
         checks.push(("poststarthook/start-apiserver-bootstrap", core.is_bootstrapped()));
     }
     if probe == "readyz" {
-        checks.push(("informer-sync", core.cache_is_current()));
         checks.push(("shutdown", !core.shutdown.is_cancelled()));
     }
     if !only.is_empty() {

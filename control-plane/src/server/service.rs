@@ -16,7 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, header};
+use http::{Method, Request, StatusCode, header, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited, combinators::UnsyncBoxBody};
 use tokio::sync::OwnedSemaphorePermit;
 use tower::Service;
@@ -37,7 +37,13 @@ use crate::{
 };
 
 /// A body on its way in.
-pub(crate) type RequestBody = UnsyncBoxBody<Bytes, BoxError>;
+pub(crate) type RequestBody = UnsyncBoxBody<Bytes, BodyError>;
+
+/// A body broke off. A type of its own, since for a bare box the compiler does not see that
+/// futures over it can be sent.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(crate) struct BodyError(BoxError);
 
 /// What is known of the connection that a request came over.
 #[derive(Clone, Debug, Default)]
@@ -73,7 +79,7 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let core = Arc::clone(&self.core);
-        let request = request.map(|body| body.map_err(Into::into).boxed_unsync());
+        let request = request.map(|body| body.map_err(|error| BodyError(error.into())).boxed_unsync());
         Box::pin(async move { Ok(serve(core, request).await) })
     }
 }
@@ -110,9 +116,11 @@ async fn process(
     info: &RequestInfo,
     request: Request<RequestBody>,
 ) -> Result<Answer, Status> {
-    let user = identify(core, info, &request).await?;
-    let user = impersonation::impersonate(request.headers(), &user, &*core.security.authorizer)?
+    let (parts, body) = request.into_parts();
+    let user = identify(core, info, &parts).await?;
+    let user = impersonation::impersonate(&parts.headers, &user, &*core.security.authorizer)?
         .unwrap_or(user);
+    let request = Request::from_parts(parts, body);
     if info.is_long_running() {
         authorize(core, &user, info)?;
         return dispatch(core, info, user, request).await;
@@ -134,19 +142,19 @@ async fn process(
 async fn identify(
     core: &Core,
     info: &RequestInfo,
-    request: &Request<RequestBody>,
+    request: &Parts,
 ) -> Result<UserInfo, Status> {
     // Only callers in this process can have put one there.
-    if let Some(user) = request.extensions().get::<UserInfo>() {
+    if let Some(user) = request.extensions.get::<UserInfo>() {
         return Ok(user.clone());
     }
-    let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| {
+    let bearer = request.headers.get(header::AUTHORIZATION).and_then(|value| {
         let (scheme, token) = value.to_str().ok()?.trim().split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned())
     });
     let credentials = Credentials {
         client_certificate: request
-            .extensions()
+            .extensions
             .get::<Peer>()
             .and_then(|peer| peer.certificate.as_deref().map(<[u8]>::to_vec)),
         bearer_token: bearer.or_else(|| websocket_token(request)),
@@ -171,9 +179,9 @@ async fn identify(
 }
 
 /// Browsers can set no header on a WebSocket: the token comes as a subprotocol.
-fn websocket_token(request: &Request<RequestBody>) -> Option<String> {
+fn websocket_token(request: &Parts) -> Option<String> {
     use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-    let offered = request.headers().get(header::SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?;
+    let offered = request.headers.get(header::SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?;
     let token = offered
         .split(',')
         .find_map(|protocol| protocol.trim().strip_prefix("base64url.bearer.authorization.k8s.io."))?;
@@ -375,7 +383,7 @@ fn review(
     let decoded = resource.decode(given, options.validation)?;
     let namespace = &call.info.namespace;
     let answers = &core.security.answers;
-    let answer = answers.review(resource, namespace, &call.user, decoded.object)?;
+    let answer = answers.review(resource, namespace, &call.user, &decoded.object)?;
     let mut answer = respond::document(StatusCode::CREATED, &answer, accepted);
     respond::warn(&mut answer, &decoded.warnings);
     Ok(answer)

@@ -200,4 +200,10 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// The backend failed.
     async fn current_revision(&self) -> Result<Revision, StoreError>;
+
+    /// Whether writes can be expected to succeed: no failure is known that only a restart mends.
+    fn is_healthy(&self) -> bool;
+
+    /// Answers what waits and lets go of what is open. All later calls may fail.
+    async fn close(&self);
 }

@@ -24,7 +24,10 @@ mod writer;
 
 use std::{
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
 };
 
@@ -66,6 +69,7 @@ pub struct EmbeddedStore {
     changes: broadcast::Sender<Arc<[Change]>>,
     current: watch::Receiver<Revision>,
     writer: Mutex<Option<JoinHandle<()>>>,
+    broken: Arc<AtomicBool>,
 }
 
 impl EmbeddedStore {
@@ -83,6 +87,7 @@ impl EmbeddedStore {
         let revision = layout::prepare(&db).map_err(|error| backend(&name, &error))?;
         let (orders, queue) = mpsc::channel(QUEUE);
         let (changes, _) = broadcast::channel(BROADCAST);
+        let broken = Arc::new(AtomicBool::new(false));
         let (publish, current) = watch::channel(revision);
         let thread = writer::Writer {
             db: Arc::clone(&db),
@@ -91,6 +96,7 @@ impl EmbeddedStore {
             queue,
             changes: changes.clone(),
             publish,
+            broken: Arc::clone(&broken),
         };
         let writer = std::thread::Builder::new()
             .name("store-writer".to_owned())
@@ -103,14 +109,19 @@ impl EmbeddedStore {
             changes,
             current,
             writer: Mutex::new(Some(writer)),
+            broken,
         })
     }
 
-    /// Answers what waits, then closes the file: whoever opens it next need not repair it. Blocks.
-    pub fn close(&self) {
+    /// Lets the writer answer what waits, and end.
+    fn stop(&self) -> Option<JoinHandle<()>> {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(writer) = writer
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// As [`Store::close`], for where nothing is async. Blocks.
+    pub fn close_blocking(&self) {
+        if let Some(writer) = self.stop()
             && writer.join().is_err()
         {
             tracing::error!(path = %self.path, "the store's writer had panicked");
@@ -144,7 +155,7 @@ impl EmbeddedStore {
 
 impl Drop for EmbeddedStore {
     fn drop(&mut self) {
-        self.close();
+        self.close_blocking();
     }
 }
 
@@ -219,6 +230,18 @@ impl Store for EmbeddedStore {
 
     async fn current_revision(&self) -> Result<Revision, StoreError> {
         Ok(*self.current.borrow())
+    }
+
+    fn is_healthy(&self) -> bool {
+        !self.broken.load(Ordering::Acquire)
+    }
+
+    async fn close(&self) {
+        let Some(writer) = self.stop() else { return };
+        let joined = tokio::task::spawn_blocking(move || writer.join()).await;
+        if !matches!(joined, Ok(Ok(()))) {
+            tracing::error!(path = %self.path, "the store's writer had panicked");
+        }
     }
 }
 

@@ -204,7 +204,7 @@ async fn one_file_has_one_owner_and_a_closed_store_says_so() {
     let store = open(&dir, 10);
     let path = dir.path().join("store.redb");
     assert!(EmbeddedStore::open(&path, &EmbeddedOptions::default()).is_err());
-    store.close();
+    store.close().await;
     assert!(matches!(
         store.put("a", text("1"), Expect::Absent).await,
         Err(StoreError::Closed { .. })

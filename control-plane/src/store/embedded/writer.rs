@@ -1,6 +1,9 @@
 //! The one thread that writes.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use bytes::Bytes;
 use redb::{Database, Durability};
@@ -40,6 +43,8 @@ pub(super) struct Writer {
     pub(super) queue: mpsc::Receiver<Order>,
     pub(super) changes: broadcast::Sender<Arc<[Change]>>,
     pub(super) publish: watch::Sender<Revision>,
+    /// Set when a commit failed: the database takes no more writes then.
+    pub(super) broken: Arc<AtomicBool>,
 }
 
 /// What one commit did.
@@ -91,6 +96,7 @@ impl Writer {
             }
             Err(error) => {
                 tracing::error!(path = %self.path, %error, "a commit failed");
+                self.broken.store(true, Ordering::Release);
                 for write in writes {
                     let _ = write.answer.send(Err(backend(&self.path, &error)));
                 }
