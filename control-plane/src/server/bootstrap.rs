@@ -59,6 +59,14 @@ pub(crate) async fn reconcile(
         replaced(present, "/spec/ports", ports)
     })
     .await?;
+    if endpoint.address.is_loopback() {
+        // The API allows no such endpoint: each pod has a loopback of its own.
+        tracing::warn!(
+            address = %endpoint.address,
+            "pods cannot reach the API server: advertise an address that is not loopback"
+        );
+        return Ok(());
+    }
     let endpoints = kubernetes_endpoints(endpoint);
     ensure(core, &endpoints, |present| replaced(present, "/subsets", &endpoints["subsets"]))
         .await?;

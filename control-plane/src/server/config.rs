@@ -12,10 +12,9 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use crate::{
-    admission::{Admission, Refusal},
-    auth::{Anonymous, Authenticator, Authorizer, UserInfo},
+    admission::Admission,
+    auth::{Anonymous, Answers, Authenticator, Authorizer},
     lookup::Lookup,
-    registry::Resource,
 };
 
 /// How an API server is set up.
@@ -103,37 +102,5 @@ pub struct Security {
     /// Whether the object may be so.
     pub admission: Arc<dyn Admission>,
     /// What is answered and not stored.
-    pub answers: Arc<dyn SecurityAnswers>,
-}
-
-/// Questions about security that are asked as API objects.
-pub trait SecurityAnswers: Send + Sync + 'static {
-    /// Answers a review (`tokenreviews`, `subjectaccessreviews`, …): the object with its status.
-    ///
-    /// # Errors
-    /// The question makes no sense.
-    fn review(
-        &self,
-        resource: &Resource,
-        namespace: &str,
-        user: &UserInfo,
-        question: &Value,
-    ) -> Result<Value, Refusal>;
-
-    /// Issues a token: the `TokenRequest` with its status.
-    ///
-    /// # Errors
-    /// There is no such service account, or the request makes no sense.
-    fn token(
-        &self,
-        namespace: &str,
-        service_account: &str,
-        request: &Value,
-    ) -> Result<Value, Refusal>;
-
-    /// `/.well-known/openid-configuration`.
-    fn openid_configuration(&self) -> Value;
-
-    /// `/openid/v1/jwks`.
-    fn key_set(&self) -> Value;
+    pub answers: Arc<Answers>,
 }

@@ -55,7 +55,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
-pub use config::{ApiServerConfig, Limits, MakeSecurity, Security, SecurityAnswers};
+pub use config::{ApiServerConfig, Limits, MakeSecurity, Security};
 pub use respond::{Body, BoxError};
 pub use security::ClusterSecurity;
 pub use service::ApiService;

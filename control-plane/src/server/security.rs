@@ -3,18 +3,14 @@
 
 use std::sync::Arc;
 
-use jiff::Timestamp;
-use serde_json::Value;
-
-use super::config::{Security, SecurityAnswers};
+use super::config::Security;
 use crate::{
-    admission::{self, Refusal},
+    admission,
     auth::{
-        self, Anonymous, Authorizers, UserInfo, reviews,
-        tokens::{TokenError, TokenIssuer, token_request},
+        self, Anonymous, Answers,
+        tokens::{TokenError, TokenIssuer},
     },
     lookup::Lookup,
-    registry::Resource,
 };
 
 /// How the cluster's own security is set up.
@@ -46,57 +42,7 @@ impl ClusterSecurity {
             anonymous: self.anonymous,
             authorizer: Arc::clone(&authorizers) as _,
             admission: Arc::new(admission::chain(&lookup, &authorizers)),
-            answers: Arc::new(Answers { tokens, authorizers, server_url: self.server_url }),
+            answers: Arc::new(Answers::new(tokens, authorizers, self.server_url)),
         })
-    }
-}
-
-struct Answers {
-    tokens: Arc<TokenIssuer>,
-    authorizers: Arc<Authorizers>,
-    server_url: String,
-}
-
-impl SecurityAnswers for Answers {
-    fn review(
-        &self,
-        resource: &Resource,
-        namespace: &str,
-        user: &UserInfo,
-        question: &Value,
-    ) -> Result<Value, Refusal> {
-        let authorizers = &*self.authorizers;
-        match resource.plural.as_str() {
-            "tokenreviews" => reviews::token_review(question, &self.tokens, Timestamp::now()),
-            "selfsubjectreviews" => reviews::self_subject_review(user, question),
-            "subjectaccessreviews" => reviews::subject_access_review(question, authorizers),
-            "localsubjectaccessreviews" => {
-                reviews::local_subject_access_review(namespace, question, authorizers)
-            }
-            "selfsubjectaccessreviews" => {
-                reviews::self_subject_access_review(user, question, authorizers)
-            }
-            "selfsubjectrulesreviews" => {
-                reviews::self_subject_rules_review(user, question, authorizers)
-            }
-            other => Err(Refusal::bad_request(format!("{other} are not answered here"))),
-        }
-    }
-
-    fn token(
-        &self,
-        namespace: &str,
-        service_account: &str,
-        request: &Value,
-    ) -> Result<Value, Refusal> {
-        token_request(&self.tokens, namespace, service_account, request, Timestamp::now())
-    }
-
-    fn openid_configuration(&self) -> Value {
-        self.tokens.openid_configuration(&self.server_url)
-    }
-
-    fn key_set(&self) -> Value {
-        self.tokens.key_set()
     }
 }

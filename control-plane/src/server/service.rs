@@ -383,7 +383,7 @@ fn review(
     let decoded = resource.decode(given, options.validation)?;
     let namespace = &call.info.namespace;
     let answers = &core.security.answers;
-    let answer = answers.review(resource, namespace, &call.user, &decoded.object)?;
+    let answer = answers.review(&resource.plural, namespace, &call.user, &decoded.object)?;
     let mut answer = respond::document(StatusCode::CREATED, &answer, accepted);
     respond::warn(&mut answer, &decoded.warnings);
     Ok(answer)
