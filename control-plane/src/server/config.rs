@@ -11,9 +11,10 @@ use std::{
 use ipnet::IpNet;
 use serde_json::Value;
 
+use super::security::Answers;
 use crate::{
     admission::Admission,
-    auth::{Anonymous, Answers, Authenticator, Authorizer},
+    auth::{Anonymous, Authenticator, Authorizer},
     lookup::Lookup,
 };
 

@@ -48,6 +48,8 @@ pub(crate) struct Core {
     pub(crate) metrics: Metrics,
     pub(crate) registered: prometheus::Registry,
     pub(crate) kubelet_tls: Option<Arc<rustls::ClientConfig>>,
+    /// `address:port` by which others reach this server.
+    pub(crate) advertised: String,
     /// Set once what a cluster can't be without is in the store.
     pub(crate) bootstrapped: AtomicBool,
     pub(crate) shutdown: CancellationToken,

@@ -57,7 +57,7 @@ use tower::ServiceExt as _;
 
 pub use config::{ApiServerConfig, Limits, MakeSecurity, Security};
 pub use respond::{Body, BoxError};
-pub use security::ClusterSecurity;
+pub use security::{Answers, ClusterSecurity};
 pub use service::ApiService;
 
 use self::{bootstrap::Endpoint, core::Core, services::ServiceAllocator};
@@ -168,6 +168,7 @@ impl ApiServer {
             metrics,
             registered: config.metrics,
             kubelet_tls: config.kubelet_tls,
+            advertised: SocketAddr::new(config.advertise_address, address.port()).to_string(),
             bootstrapped: AtomicBool::new(false),
             shutdown,
             tasks,

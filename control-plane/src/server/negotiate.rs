@@ -2,7 +2,7 @@
 
 use http::HeaderMap;
 
-use crate::status::Status;
+use crate::{discovery::AggregatedVersion, status::Status};
 
 /// How bytes are made of an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub(crate) enum Shape {
     /// Its metadata alone.
     Partial,
     /// Discovery of all groups in one document.
-    AggregatedDiscovery,
+    AggregatedDiscovery(AggregatedVersion),
 }
 
 /// What the client gets.
@@ -93,7 +93,12 @@ fn media_range(range: &str, shapes: &[Shape]) -> Option<(u16, Encoding, Shape)> 
         ("PartialObjectMetadata" | "PartialObjectMetadataList", "meta.k8s.io", "v1") => {
             Shape::Partial
         }
-        ("APIGroupDiscoveryList", "apidiscovery.k8s.io", "v2") => Shape::AggregatedDiscovery,
+        ("APIGroupDiscoveryList", "apidiscovery.k8s.io", "v2") => {
+            Shape::AggregatedDiscovery(AggregatedVersion::V2)
+        }
+        ("APIGroupDiscoveryList", "apidiscovery.k8s.io", "v2beta1") => {
+            Shape::AggregatedDiscovery(AggregatedVersion::V2Beta1)
+        }
         _ => return None,
     };
     (shape == Shape::Whole || shapes.contains(&shape)).then_some((quality, encoding, shape))

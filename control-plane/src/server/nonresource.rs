@@ -11,7 +11,12 @@ use super::{
     negotiate::Shape,
     respond::{self, Answer},
 };
-use crate::{discovery, openapi, status::Status};
+use crate::{
+    discovery::{self, AggregatedVersion},
+    openapi,
+    registry::Registry,
+    status::Status,
+};
 
 pub(crate) fn serve(core: &Core, call: &Call, method: &Method) -> Result<Answer, Status> {
     if !matches!(*method, Method::GET | Method::HEAD) {
@@ -25,12 +30,9 @@ pub(crate) fn serve(core: &Core, call: &Call, method: &Method) -> Result<Answer,
             let text = metrics::encode(&core.registered).map_err(Status::internal)?;
             Ok(respond::respond(StatusCode::OK, metrics::CONTENT_TYPE, respond::full(text)))
         }
-        ["openapi", "v2"] => Ok(json_bytes(openapi::v2())),
-        ["openapi", "v3"] => Ok(json_bytes(openapi::v3_index())),
-        ["openapi", "v3", group_version @ ..] => {
-            let document = openapi::v3(&group_version.join("/"));
-            document.map(json_bytes).ok_or_else(Status::unknown_path)
-        }
+        ["openapi", "v2"] => plain(call, &openapi::v2(&core.registry)),
+        ["openapi", "v3"] => plain(call, &openapi::v3_index(&core.registry)),
+        ["openapi", "v3", path @ ..] => found(call, openapi::v3(&core.registry, &path.join("/"))),
         [".well-known", "openid-configuration"] => {
             let document = core.security.answers.openid_configuration();
             Ok(respond::document(StatusCode::OK, &document, Default::default()))
@@ -40,8 +42,12 @@ pub(crate) fn serve(core: &Core, call: &Call, method: &Method) -> Result<Answer,
             let media_type = "application/jwk-set+json";
             Ok(respond::respond(StatusCode::OK, media_type, respond::full(body)))
         }
-        ["api"] => discover(core, call, "core", |core| discovery::api_versions(&core.registry)),
-        ["apis"] => discover(core, call, "apis", |core| discovery::api_group_list(&core.registry)),
+        ["api"] => discover(call, &core.registry, true, || {
+            discovery::api_versions(&core.registry, &core.advertised)
+        }),
+        ["apis"] => {
+            discover(call, &core.registry, false, || discovery::api_group_list(&core.registry))
+        }
         ["api", version] => found(call, discovery::api_resource_list(&core.registry, "", version)),
         ["apis", group] => found(call, discovery::api_group(&core.registry, group)),
         ["apis", group, version] => {
@@ -60,32 +66,41 @@ fn found(call: &Call, document: Option<Value>) -> Result<Answer, Status> {
     plain(call, &document.ok_or_else(Status::unknown_path)?)
 }
 
-fn json_bytes(bytes: impl Into<bytes::Bytes>) -> Answer {
-    respond::respond(StatusCode::OK, "application/json", respond::full(bytes))
-}
-
 /// All groups, in one document if the client takes that.
 fn discover(
-    core: &Core,
     call: &Call,
-    scope: &str,
-    plainly: impl FnOnce(&Core) -> Value,
+    registry: &Registry,
+    of_core: bool,
+    plainly: impl FnOnce() -> Value,
 ) -> Result<Answer, Status> {
-    let accepted = call.accept(&[Shape::AggregatedDiscovery])?;
-    let aggregated = accepted.shape == Shape::AggregatedDiscovery;
-    let document = if aggregated {
-        discovery::aggregated(&core.registry, scope)
-    } else {
-        plainly(core)
+    let shapes = [AggregatedVersion::V2, AggregatedVersion::V2Beta1].map(Shape::AggregatedDiscovery);
+    let accepted = call.accept(&shapes)?;
+    let (document, media_type) = match accepted.shape {
+        Shape::AggregatedDiscovery(version) => {
+            (discovery::aggregated(registry, of_core, version), Some(version.content_type()))
+        }
+        _ => (plainly(), None),
     };
-    let mut answer = respond::document(StatusCode::OK, &document, accepted);
+    let tag = discovery::etag(document.to_string().as_bytes());
+    let mut answer = if has_already(call, &tag) {
+        respond::respond(StatusCode::NOT_MODIFIED, "application/json", super::service::empty())
+    } else {
+        respond::document(StatusCode::OK, &document, accepted)
+    };
     let headers = answer.headers_mut();
     headers.insert(header::VARY, HeaderValue::from_static("Accept"));
-    if aggregated {
-        let media_type = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+    headers.insert(header::ETAG, tag.parse().map_err(Status::internal)?);
+    // Kept by clients, and asked about each time.
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("public"));
+    if let Some(media_type) = media_type {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
     }
     Ok(answer)
+}
+
+fn has_already(call: &Call, tag: &str) -> bool {
+    let known = call.headers.get(header::IF_NONE_MATCH).and_then(|value| value.to_str().ok());
+    known.is_some_and(|known| known.split(',').any(|k| k.trim() == tag))
 }
 
 /// The index of what there is.

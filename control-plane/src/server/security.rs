@@ -3,12 +3,15 @@
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
+use serde_json::Value;
+
 use super::config::Security;
 use crate::{
-    admission,
+    admission::{self, Refusal},
     auth::{
-        self, Anonymous, Answers,
-        tokens::{TokenError, TokenIssuer},
+        self, Anonymous, Authorizers, UserInfo, reviews,
+        tokens::{TokenError, TokenIssuer, token_request},
     },
     lookup::Lookup,
 };
@@ -42,7 +45,63 @@ impl ClusterSecurity {
             anonymous: self.anonymous,
             authorizer: Arc::clone(&authorizers) as _,
             admission: Arc::new(admission::chain(&lookup, &authorizers)),
-            answers: Arc::new(Answers::new(tokens, authorizers, self.server_url)),
+            answers: Arc::new(Answers { tokens, authorizers, server_url: self.server_url }),
         })
+    }
+}
+
+/// What is asked about security as API objects, answered and stored nowhere.
+pub struct Answers {
+    tokens: Arc<TokenIssuer>,
+    authorizers: Arc<Authorizers>,
+    server_url: String,
+}
+
+impl Answers {
+    /// Answers a review by its plural name (`tokenreviews`, `subjectaccessreviews`, …): the object
+    /// with its status.
+    pub(crate) fn review(
+        &self,
+        plural: &str,
+        namespace: &str,
+        user: &UserInfo,
+        question: &Value,
+    ) -> Result<Value, Refusal> {
+        let authorizers = &*self.authorizers;
+        match plural {
+            "tokenreviews" => reviews::token_review(question, &self.tokens, Timestamp::now()),
+            "selfsubjectreviews" => reviews::self_subject_review(user, question),
+            "subjectaccessreviews" => reviews::subject_access_review(question, authorizers),
+            "localsubjectaccessreviews" => {
+                reviews::local_subject_access_review(namespace, question, authorizers)
+            }
+            "selfsubjectaccessreviews" => {
+                reviews::self_subject_access_review(user, question, authorizers)
+            }
+            "selfsubjectrulesreviews" => {
+                reviews::self_subject_rules_review(user, question, authorizers)
+            }
+            other => Err(Refusal::bad_request(format!("{other} are not answered here"))),
+        }
+    }
+
+    /// Issues a token: the `TokenRequest` with its status.
+    pub(crate) fn token(
+        &self,
+        namespace: &str,
+        service_account: &str,
+        request: &Value,
+    ) -> Result<Value, Refusal> {
+        token_request(&self.tokens, namespace, service_account, request, Timestamp::now())
+    }
+
+    /// `/.well-known/openid-configuration`.
+    pub(crate) fn openid_configuration(&self) -> Value {
+        self.tokens.openid_configuration(&self.server_url)
+    }
+
+    /// `/openid/v1/jwks`.
+    pub(crate) fn key_set(&self) -> Value {
+        self.tokens.key_set()
     }
 }

@@ -1,6 +1,6 @@
 //! Which objects a list, watch or deletecollection is about.
 
-use std::{borrow::Cow, sync::Arc};
+use std::sync::Arc;
 
 use keelson_api::selector::{FieldSelector, LabelSelector};
 use serde_json::Value;
@@ -86,13 +86,5 @@ impl Selection {
         let Some(fields) = &self.fields else { return true };
         let object = self.resource.convert(stored);
         fields.matches(|field| self.resource.field_value(&object, field))
-    }
-
-    /// Whether all that is wanted is one object, by its name.
-    pub(crate) fn one_name(&self) -> Option<Cow<'_, str>> {
-        if !self.name.is_empty() {
-            return Some(Cow::Borrowed(&self.name));
-        }
-        self.fields.as_ref()?.required_value("metadata.name").map(Cow::from)
     }
 }
