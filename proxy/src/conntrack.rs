@@ -8,7 +8,7 @@
 //! what matches and are told to delete each. This runs after the commit, on a thread of its own: to
 //! walk the connection table takes milliseconds that no other change should wait for.
 
-use std::{io, net::IpAddr};
+use std::{collections::HashSet, io, net::IpAddr};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use tokio::sync::mpsc;
@@ -100,6 +100,9 @@ impl Cleaner {
     }
 }
 
+/// Address and port that clients use, and where they were sent; `None` for any.
+type Way = (Option<IpAddr>, u16, Option<(IpAddr, u16)>);
+
 /// A socket to the connection table.
 pub(crate) struct ConntrackTable {
     socket: Socket,
@@ -189,7 +192,7 @@ impl ConntrackTable {
     fn delete_listed(&mut self, stale: &[Stale]) -> io::Result<u64> {
         let Some(first) = stale.first() else { return Ok(0) };
         let family = first.frontend.family.protocol_family();
-        let wanted: std::collections::HashSet<(Option<IpAddr>, u16, Option<(IpAddr, u16)>)> = stale
+        let wanted: HashSet<Way> = stale
             .iter()
             .map(|s| {
                 let endpoint = s.endpoint.map(|e| (e.address, e.port));

@@ -30,6 +30,8 @@ mod netns;
 mod nftables;
 mod proxier;
 mod ruleset;
+#[cfg(test)]
+mod run_test;
 mod sysctl;
 mod watches;
 

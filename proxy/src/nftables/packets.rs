@@ -20,13 +20,13 @@ use super::{
 };
 use crate::{
     model::{
-        Family,
+        Family, Protocol,
         objects::{Service, Slice},
         table::ServiceTable,
     },
     netns::Namespace,
     ruleset::{
-        AddressSet, Unit,
+        Action, AddressSet, Frontend, Lane, Unit,
         desired::{Desired, ServiceRules},
     },
 };
@@ -402,6 +402,40 @@ fn sorted(listing: &str) -> Vec<&str> {
         listing.split([' ', '\n', '\t', ',']).filter(|w| !w.is_empty()).collect();
     words.sort_unstable();
     words
+}
+
+#[test]
+fn what_the_kernel_refuses_keeps_nobody_else_out() {
+    let host = Namespace::new();
+    let mut proxy = Proxy::start(&host);
+    // A key of the wrong length, which no object can lead to.
+    let bad = Frontend {
+        family: Family::V4,
+        lane: Lane::Cluster,
+        address: Some(ip("fd00::1")),
+        protocol: Protocol::Tcp,
+        port: 80,
+    };
+    let rules =
+        ServiceRules { created: 0, frontends: vec![(bad, Action::Reject)], addresses: vec![] };
+    let mut dirty = proxy.desired.replace(&ObjectKey::new("d", "bad"), Some(rules)).dirty;
+    for n in 1..=20u8 {
+        let key = ObjectKey::new("d", n.to_string());
+        let object = service(&key.name, json!({"clusterIP": format!("10.96.0.{n}")}));
+        let (service, _) = Service::read(&serde_json::from_value(object).unwrap());
+        proxy.objects.set_service(&key, service);
+        let (rules, _) = proxy.objects.rules(&key, &[Family::V4]).unwrap();
+        dirty.extend(proxy.desired.replace(&key, Some(rules)).dirty);
+    }
+    let applied = proxy.table.apply(&dirty, &proxy.desired).unwrap();
+    let [(unit, error)] = &applied.refused[..] else { panic!("{:?}", applied.refused) };
+    assert_eq!(*unit, Unit::Frontend(bad));
+    assert!(error.to_string().contains("no-endpoints"), "{error}");
+    let listed = host.sh("nft list map ip keelson-proxy no-endpoints");
+    assert_eq!(listed.matches("goto reject-at-once").count(), 20, "{listed}");
+    // A later change of another Service goes in at once.
+    let later = proxy.apply(service("later", json!({"clusterIP": "10.96.1.1"})));
+    assert_eq!(later.elements, 2);
 }
 
 #[test]

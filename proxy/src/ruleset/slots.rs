@@ -38,10 +38,10 @@ pub(crate) fn assign(held: &[Endpoint], wanted: &[Endpoint]) -> (Vec<Endpoint>, 
         if let Some(endpoint) = slots[next] {
             after.push(endpoint);
             next += 1;
-        } else if let Some(last) = slots.pop() {
-            if next < slots.len() {
-                slots[next] = last;
-            }
+        } else if let Some(last) = slots.pop()
+            && next < slots.len()
+        {
+            slots[next] = last;
         }
     }
     let changes = (0..held.len().max(after.len()))

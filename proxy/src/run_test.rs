@@ -1,0 +1,136 @@
+//! The whole proxy against a stand-in for the API server that answers lists and never ends watches.
+
+use std::{
+    convert::Infallible,
+    io::{Read, Write},
+    net::TcpStream,
+    time::{Duration, Instant},
+};
+
+use http::{Request, Response};
+use kube::{Client, client::Body};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::{ProxyConfig, ProxyError, netns::Namespace, run};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn answer(path: &str) -> Value {
+    let metadata = json!({"resourceVersion": "1"});
+    match path {
+        "/api/v1/services" => {
+            json!({"kind": "ServiceList", "apiVersion": "v1", "metadata": metadata, "items": [
+                {"metadata": {"name": "web", "namespace": "d", "resourceVersion": "1"},
+                 "spec": {"clusterIP": "10.96.0.1", "type": "NodePort", "ports": [{"port": 80, "nodePort": 30080}]}},
+                {"metadata": {"name": "headless", "namespace": "d", "resourceVersion": "1"},
+                 "spec": {"clusterIP": "None", "ports": [{"port": 81}]}},
+                {"metadata": {"name": "loop", "namespace": "d", "resourceVersion": "1"},
+                 "spec": {"clusterIP": "127.0.0.1", "ports": [{"port": 82}]}},
+            ]})
+        }
+        "/apis/discovery.k8s.io/v1/endpointslices" => json!({
+            "kind": "EndpointSliceList", "apiVersion": "discovery.k8s.io/v1", "metadata": metadata, "items": [
+            {"metadata": {"name": "web-1", "namespace": "d", "resourceVersion": "1",
+                          "labels": {"kubernetes.io/service-name": "web"}},
+             "addressType": "IPv4", "ports": [{"port": 8080}],
+             "endpoints": [{"addresses": ["10.244.0.5"]}, {"addresses": ["169.254.169.254"]}]},
+        ]}),
+        "/api/v1/nodes" => {
+            json!({"kind": "NodeList", "apiVersion": "v1", "metadata": metadata, "items": [
+                {"metadata": {"name": "here", "resourceVersion": "1"},
+                 "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.7"}]}},
+            ]})
+        }
+        _ => json!({}),
+    }
+}
+
+fn api_server() -> Client {
+    let service = tower::service_fn(|request: Request<Body>| async move {
+        if request.uri().query().is_some_and(|query| query.contains("watch=true")) {
+            std::future::pending::<()>().await;
+        }
+        let body = serde_json::to_vec(&answer(request.uri().path())).unwrap();
+        Ok::<_, Infallible>(Response::new(Body::from(body)))
+    });
+    Client::new(service, "default")
+}
+
+fn get(namespace: &Namespace, port: u16, path: &str) -> Option<String> {
+    let path = path.to_owned();
+    namespace.run(move || {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        Some(text)
+    })
+}
+
+#[test]
+fn it_starts_serves_tells_of_its_health_and_stops() {
+    let host = Namespace::new();
+    let shutdown = CancellationToken::new();
+    let token = shutdown.clone();
+    let running = host.run(move || {
+        std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async { run(ProxyConfig::new("here"), api_server(), token).await })
+        })
+    });
+    let deadline = Instant::now() + PATIENCE;
+    let listed = loop {
+        let (_, listed) = host.try_sh("nft list ruleset");
+        if listed.contains("goto endpoints-1") && listed.contains("192.0.2.7") {
+            break listed;
+        }
+        assert!(Instant::now() < deadline, "{listed}");
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(listed.contains("10.96.0.1 . tcp . 80 . 0x00000000 : 10.244.0.5 . 8080"), "{listed}");
+    assert!(!listed.contains("127.0.0.1") && !listed.contains("169.254"), "{listed}");
+
+    for path in ["/healthz", "/livez"] {
+        let page = get(&host, 10256, path).unwrap();
+        assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+        for field in ["\"lastUpdated\":", "\"currentTime\":", "\"nodeEligible\":true"] {
+            assert!(page.contains(field), "{page}");
+        }
+    }
+    assert!(get(&host, 10249, "/proxyMode").unwrap().ends_with("\r\n\r\nnftables"));
+    assert!(get(&host, 10249, "/configz").unwrap().contains("\"masqueradeBit\":14"));
+    assert!(get(&host, 10249, "/nothing").unwrap().starts_with("HTTP/1.1 404"));
+    let metrics = get(&host, 10249, "/metrics").unwrap();
+    for name in [
+        "kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} ",
+        "kubeproxy_sync_proxy_rules_service_changes_total 3",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_total 1",
+        "kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv4\"} ",
+        "kubeproxy_proxy_healthz_total{code=\"200\"} 1",
+    ] {
+        assert!(metrics.contains(name), "{name} isn't in {metrics}");
+    }
+
+    shutdown.cancel();
+    running.join().unwrap().unwrap();
+    assert!(host.sh("nft list ruleset").contains("goto endpoints-1"), "the rules stay");
+    host.run(|| crate::cleanup().unwrap());
+    assert_eq!(host.sh("nft list ruleset"), "");
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let host = Namespace::new();
+    let error = host.run(|| {
+        let _taken = std::net::TcpListener::bind("0.0.0.0:10256").unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            run(ProxyConfig::new("here"), api_server(), CancellationToken::new()).await.unwrap_err()
+        })
+    });
+    assert!(matches!(error, ProxyError::Listen { .. }), "{error}");
+    assert!(error.to_string().contains("0.0.0.0:10256"), "{error}");
+}
