@@ -4,8 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use keelson_api::metrics::exponential_buckets;
 use prometheus::{
-    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts,
-    Registry,
+    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry,
     core::{Collector, Desc},
     proto::MetricFamily,
 };
@@ -285,9 +284,9 @@ impl<'a> Labels<'a> {
             _ => "other",
         };
         let known = crate::registry::Registry::builtin();
-        let exists = known
-            .resource(&info.group, &info.version, &info.resource)
-            .is_some_and(|r| info.subresource.is_empty() || r.subresource(&info.subresource).is_some());
+        let exists = known.resource(&info.group, &info.version, &info.resource).is_some_and(|r| {
+            info.subresource.is_empty() || r.subresource(&info.subresource).is_some()
+        });
         if info.resource_request && exists {
             Self([
                 verb,

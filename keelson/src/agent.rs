@@ -119,7 +119,8 @@ impl Node {
             .await
             .context("image store")??;
         let config = runtime_config(paths, &cgroup_root, options.cluster_ranges.clone());
-        let runtime = EmbeddedRuntime::open(config, images.clone()).await.context("container runtime")?;
+        let runtime =
+            EmbeddedRuntime::open(config, images.clone()).await.context("container runtime")?;
         let tasks = TaskTracker::new();
 
         let config = agent_config(paths, &options)?;
@@ -161,9 +162,15 @@ impl Node {
         .await?;
         tasks.spawn(follow_pod_range(runtime.clone(), agent.pod_cidr(), shutdown.clone()));
         if options.settings.enable_server.unwrap_or(true) {
-            let server =
-                kubelet_server(&options, port, &agent, &runtime, (registry, probe_registry), shutdown.clone())
-                    .await?;
+            let server = kubelet_server(
+                &options,
+                port,
+                &agent,
+                &runtime,
+                (registry, probe_registry),
+                shutdown.clone(),
+            )
+            .await?;
             tasks.spawn(server.run());
         }
         tasks.spawn(agent.run());
@@ -259,7 +266,8 @@ fn agent_config(paths: &Paths, options: &NodeOptions) -> anyhow::Result<AgentCon
     config.container_logs_dir.clone_from(&paths.container_logs);
     config.static_pod_path = Some(options.manifests.clone());
     set(&mut config.file_check_frequency, settings.file_check_frequency);
-    config.cluster_dns = settings.cluster_dns.clone().unwrap_or_else(|| options.cluster_dns.clone());
+    config.cluster_dns =
+        settings.cluster_dns.clone().unwrap_or_else(|| options.cluster_dns.clone());
     config.cluster_domain =
         settings.cluster_domain.clone().unwrap_or_else(|| options.cluster_domain.clone());
     if let Some(path) = &settings.resolv_conf {
@@ -307,7 +315,8 @@ fn set<T>(field: &mut T, value: Option<T>) {
 
 fn parallel_pulls(settings: &KubeletSettings) -> anyhow::Result<usize> {
     // The kubelet's rule: more than one at a time only when they need not be in line.
-    let serialize = settings.serialize_image_pulls.unwrap_or(settings.max_parallel_image_pulls.is_none());
+    let serialize =
+        settings.serialize_image_pulls.unwrap_or(settings.max_parallel_image_pulls.is_none());
     match (serialize, settings.max_parallel_image_pulls) {
         (_, Some(0)) => bail!("maxParallelImagePulls must be at least 1"),
         (true, Some(2..)) => {
@@ -320,7 +329,9 @@ fn parallel_pulls(settings: &KubeletSettings) -> anyhow::Result<usize> {
     }
 }
 
-fn reserved(settings: &KubeletSettings) -> anyhow::Result<std::collections::BTreeMap<String, String>> {
+fn reserved(
+    settings: &KubeletSettings,
+) -> anyhow::Result<std::collections::BTreeMap<String, String>> {
     let mut sums = std::collections::BTreeMap::<String, Quantity>::new();
     for (field, map) in
         [("systemReserved", &settings.system_reserved), ("kubeReserved", &settings.kube_reserved)]
@@ -348,7 +359,9 @@ pub(crate) fn check_machine(allow_cgroup_v1: bool) -> anyhow::Result<()> {
                  systemd.unified_cgroup_hierarchy=1, or set failCgroupV1: false in --config"
             );
         }
-        tracing::warn!("this machine has cgroup v1, which Kubernetes has put into maintenance; going on");
+        tracing::warn!(
+            "this machine has cgroup v1, which Kubernetes has put into maintenance; going on"
+        );
     }
     Ok(())
 }
@@ -362,7 +375,11 @@ pub(crate) fn settings(args: &NodeArgs) -> anyhow::Result<KubeletSettings> {
 }
 
 /// The folder of static pods: that of the command line, of the config, else the usual one.
-pub(crate) fn manifests(args: &NodeArgs, settings: &KubeletSettings, paths: &Paths) -> std::path::PathBuf {
+pub(crate) fn manifests(
+    args: &NodeArgs,
+    settings: &KubeletSettings,
+    paths: &Paths,
+) -> std::path::PathBuf {
     let given = args.manifests.as_ref().or(settings.static_pod_path.as_ref());
     given.unwrap_or(&paths.manifests).clone()
 }
@@ -375,14 +392,18 @@ pub(crate) fn run(args: &AgentArgs) -> anyhow::Result<()> {
     let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
     let settings = settings(&args.node)?;
     check_machine(settings.fail_cgroup_v1 == Some(false))?;
-    let (name, address) = (node::name(args.node.node_name.as_deref())?, node::address(args.node.node_ip)?);
+    let (name, address) =
+        (node::name(args.node.node_name.as_deref())?, node::address(args.node.node_ip)?);
     crate::runtime()?.block_on(async {
         let shutdown = run::shutdown_on_signal()?;
-        let mut held = instance::hold(&paths, Record {
-            role: "agent".to_owned(),
-            cgroup_root: cgroup_root(&paths, &settings),
-            ..Record::of_this_process(&name)
-        })?;
+        let mut held = instance::hold(
+            &paths,
+            Record {
+                role: "agent".to_owned(),
+                cgroup_root: cgroup_root(&paths, &settings),
+                ..Record::of_this_process(&name)
+            },
+        )?;
         let client = match &args.kubeconfig {
             Some(path) => Some(run::client(path).await?),
             None => {

@@ -52,7 +52,9 @@ fn nth_address(range: IpNet, index: u32) -> anyhow::Result<IpAddr> {
             let address = u32::from(range.network()).checked_add(index).map(Ipv4Addr::from);
             match address.filter(|address| range.contains(address)) {
                 Some(address) => Ok(address.into()),
-                None => bail!("--service-cidr {range}: too small, it needs more than {index} addresses"),
+                None => {
+                    bail!("--service-cidr {range}: too small, it needs more than {index} addresses")
+                }
             }
         }
         IpNet::V6(_) => bail!("--service-cidr {range}: only IPv4 is supported yet"),
@@ -98,7 +100,8 @@ impl ControlPlane {
             bind_address: SocketAddr::new(cluster.bind_address, cluster.api_port),
             advertise_address: address,
             service_cidrs: vec![cluster.service_cidr],
-            node_ports: cluster.service_node_port_range.first..=cluster.service_node_port_range.last,
+            node_ports: cluster.service_node_port_range.first
+                ..=cluster.service_node_port_range.last,
             tls: pki.api_server_config()?,
             kubelet_tls: Some(pki.client_config(Some(Leaf::ApiServerKubeletClient))?),
             security: Box::new(move |lookup| Ok(security.over(lookup)?)),
@@ -107,7 +110,8 @@ impl ControlPlane {
             limits: Limits::default(),
             event_ttl: EVENT_TTL,
         };
-        let server = Arc::new(ApiServer::start(config, shutdown.clone()).await.context("API server")?);
+        let server =
+            Arc::new(ApiServer::start(config, shutdown.clone()).await.context("API server")?);
 
         let manager = server.client(UserInfo::user("system:kube-controller-manager", &[]));
         let informers = Informers::start(&manager, shutdown);
@@ -122,11 +126,22 @@ impl ControlPlane {
         let root_ca_pem = pki.ca_pem().to_owned();
         let (pod_range, stop) = (cluster.cluster_cidr, shutdown.clone());
         tasks.spawn(async move {
-            let client_for = |name: &str| accounts.client(UserInfo::service_account("kube-system", name));
+            let client_for =
+                |name: &str| accounts.client(UserInfo::service_account("kube-system", name));
             let config = ControllersConfig::new(root_ca_pem, vec![pod_range]);
             controllers::run(client_for, with, config, stop).await;
         });
-        start_dns(&tasks, &server, &informers, cluster, dns_metrics, node_name, address, dns_address, shutdown);
+        start_dns(
+            &tasks,
+            &server,
+            &informers,
+            cluster,
+            dns_metrics,
+            node_name,
+            address,
+            dns_address,
+            shutdown,
+        );
         let ended = Arc::clone(&informers);
         tasks.spawn(async move { ended.stopped().await });
         Ok(Self { server, pki, url, dns_address, tasks })
@@ -143,7 +158,9 @@ impl ControlPlane {
 fn check_ranges(cluster: &ClusterArgs) -> anyhow::Result<()> {
     let (pods, services) = (cluster.cluster_cidr, cluster.service_cidr);
     if pods.contains(&services.network()) || services.contains(&pods.network()) {
-        bail!("--cluster-cidr {pods} and --service-cidr {services} overlap: give one another range");
+        bail!(
+            "--cluster-cidr {pods} and --service-cidr {services} overlap: give one another range"
+        );
     }
     if !pods.addr().is_ipv4() {
         bail!("--cluster-cidr {pods}: only IPv4 is supported yet");

@@ -35,9 +35,9 @@ const ANSWER_BYTES: usize = 1024;
 pub(crate) async fn show(client: &Client, node_ip: IpAddr, kubeconfig: &str) -> anyhow::Result<()> {
     let deployment: Deployment = apply(client, DEPLOYMENT).await?;
     let service: Service = apply(client, SERVICE).await?;
-    tokio::time::timeout(DEADLINE, wait_available(client, &deployment))
-        .await
-        .with_context(|| format!("the example did not run within {DEADLINE:?}: see `kubectl describe pods`"))??;
+    tokio::time::timeout(DEADLINE, wait_available(client, &deployment)).await.with_context(
+        || format!("the example did not run within {DEADLINE:?}: see `kubectl describe pods`"),
+    )??;
 
     let spec = service.spec.context("the Service has no spec")?;
     let address = spec.cluster_ip.context("the Service has no address")?;
@@ -58,8 +58,9 @@ where
         + Clone
         + std::fmt::Debug,
 {
-    let object = keelson_api::yaml::document(manifest.as_bytes(), keelson_api::yaml::Limits::default())
-        .context("example manifest")?;
+    let object =
+        keelson_api::yaml::document(manifest.as_bytes(), keelson_api::yaml::Limits::default())
+            .context("example manifest")?;
     let name = object["metadata"]["name"].as_str().context("example manifest: no name")?.to_owned();
     let parameters = PatchParams::apply("keelson-demo").force();
     Api::<K>::namespaced(client.clone(), "default")
@@ -110,8 +111,10 @@ async fn answers_of_all(
         }
         match fetch(address, port).await {
             Ok(answer) => {
-                if let Some(pod) =
-                    pods.iter().filter_map(|p| p.metadata.name.as_ref()).find(|name| answer.contains(*name))
+                if let Some(pod) = pods
+                    .iter()
+                    .filter_map(|p| p.metadata.name.as_ref())
+                    .find(|name| answer.contains(*name))
                 {
                     answers.insert(pod.clone(), answer.trim().to_owned());
                 }
@@ -120,7 +123,9 @@ async fn answers_of_all(
         }
     }
     match last {
-        Some(error) => Err(error).with_context(|| format!("the Service's address {address}:{port}")),
+        Some(error) => {
+            Err(error).with_context(|| format!("the Service's address {address}:{port}"))
+        }
         None => bail!(
             "the Service's address {address}:{port} answered with {} of {} pods",
             answers.len(),
@@ -133,7 +138,8 @@ async fn answers_of_all(
 async fn fetch(address: &str, port: i32) -> anyhow::Result<String> {
     let request = async {
         let stream = TcpStream::connect(format!("{address}:{port}")).await?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let request = Request::get("/").header("host", address).body(Empty::<Bytes>::new())?;
         // The connection ends with the request: both are driven here.
         let (response, connection) = tokio::join!(
@@ -168,8 +174,9 @@ fn screen(
         let ready = status
             .and_then(|s| s.conditions.as_ref())
             .is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"));
-        let version =
-            status.and_then(|s| s.node_info.as_ref()).map_or("", |info| info.kubelet_version.as_str());
+        let version = status
+            .and_then(|s| s.node_info.as_ref())
+            .map_or("", |info| info.kubelet_version.as_str());
         let ready = if ready { "Ready" } else { "NotReady" };
         text += &format!("node     {name}  {ready}  {version}  {node_ip}\n");
     }

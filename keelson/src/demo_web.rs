@@ -7,9 +7,20 @@ use std::{convert::Infallible, net::Ipv6Addr, time::Duration};
 
 use anyhow::Context;
 use http_body_util::Full;
-use hyper::{Request, Response, body::{Bytes, Incoming}, server::conn::http1, service::service_fn};
-use hyper_util::{rt::{TokioIo, TokioTimer}, server::graceful::GracefulShutdown};
-use tokio::{net::TcpListener, signal::unix::{SignalKind, signal}};
+use hyper::{
+    Request, Response,
+    body::{Bytes, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
 
 /// How long open connections may take to end.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -69,7 +80,10 @@ fn hostname() -> String {
         .unwrap_or_else(|_| "unknown".to_owned())
 }
 
-async fn answer(name: String, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(
+    name: String,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     let (status, text) = match request.uri().path() {
         "/" => (200, format!("hello from {name}\n")),
         "/healthz" => (200, "ok\n".to_owned()),

@@ -37,7 +37,11 @@ pub(crate) fn detach(paths: &Paths) -> anyhow::Result<()> {
     }
     let mut child = command.spawn().context("start in the background")?;
     wait_ready(paths, &mut child)?;
-    println!("keelson runs in the background as process {}; its log is {}", child.id(), log.display());
+    println!(
+        "keelson runs in the background as process {}; its log is {}",
+        child.id(),
+        log.display()
+    );
     Ok(())
 }
 
@@ -48,7 +52,10 @@ fn wait_ready(paths: &Paths, child: &mut Child) -> anyhow::Result<()> {
             let log = fs::read_to_string(&paths.log_file).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
             let end = lines[lines.len().saturating_sub(10)..].join("\n");
-            bail!("the background process ended: {status}; the end of {}:\n{end}", paths.log_file.display());
+            bail!(
+                "the background process ended: {status}; the end of {}:\n{end}",
+                paths.log_file.display()
+            );
         }
         if instance::read(paths).is_ok_and(|r| r.is_some_and(|r| r.pid == pid && r.ready)) {
             return Ok(());

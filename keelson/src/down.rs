@@ -60,7 +60,14 @@ pub(crate) async fn run(args: &DownArgs) -> anyhow::Result<()> {
         instance::forget(&paths)?;
     }
     if failed.is_empty() {
-        println!("nothing is left{}", if args.purge { "" } else { " in the kernel; stored data is kept (--purge removes it)" });
+        println!(
+            "nothing is left{}",
+            if args.purge {
+                ""
+            } else {
+                " in the kernel; stored data is kept (--purge removes it)"
+            }
+        );
         return Ok(());
     }
     anyhow::bail!("not removed: {}", failed.join("; "))
@@ -86,6 +93,10 @@ fn purge(path: &Path) -> std::io::Result<bool> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(error),
     };
-    if metadata.is_dir() { fs::remove_dir_all(path)? } else { fs::remove_file(path)? }
+    if metadata.is_dir() {
+        fs::remove_dir_all(path)?
+    } else {
+        fs::remove_file(path)?
+    }
     Ok(true)
 }

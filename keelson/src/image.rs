@@ -1,6 +1,9 @@
 //! `keelson image`: the images of this machine.
 
-use std::{collections::BTreeSet, path::{Path, PathBuf}};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context;
 use keelson_runtime_shim::{
@@ -69,7 +72,8 @@ pub(crate) async fn run(command: ImageCommand) -> anyhow::Result<()> {
         }
         ImageCommand::Rm { data, images } => {
             let (paths, store) = open(&data, ImageOptions::default())?;
-            let in_use = in_use(&paths)?;
+            let in_use = keelson_runtime_shim::embedded::images_in_use(&paths.runtime)
+                .with_context(|| format!("containers in {}", paths.runtime.display()))?;
             for image in images {
                 store.remove(&image, &in_use).await?;
                 println!("removed {image}");
@@ -138,7 +142,9 @@ fn short_names(library: &Path) -> Vec<PathBuf> {
         .filter(|entry| entry.file_name().to_string_lossy().starts_with(&stem))
         .map(|entry| entry.path())
         .filter(|path| path.is_symlink())
-        .filter(|path| path.canonicalize().is_ok_and(|target| Some(target) == library.canonicalize().ok()))
+        .filter(|path| {
+            path.canonicalize().is_ok_and(|target| Some(target) == library.canonicalize().ok())
+        })
         .collect()
 }
 
@@ -150,7 +156,8 @@ fn described(image: &Image) -> String {
 fn table(images: &[Image]) -> String {
     let mut rows = vec![["IMAGE".to_owned(), "IMAGE ID".to_owned(), "SIZE".to_owned()]];
     for image in images {
-        let id = image.id.as_str().trim_start_matches("sha256:").chars().take(12).collect::<String>();
+        let id =
+            image.id.as_str().trim_start_matches("sha256:").chars().take(12).collect::<String>();
         let size = human_size(image.size);
         if image.repo_tags.is_empty() {
             let name = image.repo_digests.first().map_or("<none>", String::as_str);
@@ -162,9 +169,7 @@ fn table(images: &[Image]) -> String {
     }
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let (first, second) = (width(0), width(1));
-    rows.iter()
-        .map(|[name, id, size]| format!("{name:first$}  {id:second$}  {size}\n"))
-        .collect()
+    rows.iter().map(|[name, id, size]| format!("{name:first$}  {id:second$}  {size}\n")).collect()
 }
 
 fn human_size(bytes: u64) -> String {

@@ -84,7 +84,8 @@ pub(crate) fn hold(paths: &Paths, record: Record) -> anyhow::Result<Held> {
     match lock.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            let running = read(paths)?.map_or_else(String::new, |r| format!(" (process {})", r.pid));
+            let running =
+                read(paths)?.map_or_else(String::new, |r| format!(" (process {})", r.pid));
             bail!(
                 "keelson already runs here{running}: stop it with `keelson down{}`, or choose \
                  another folder with --data-dir",
@@ -126,9 +127,9 @@ impl Held {
 pub(crate) fn read(paths: &Paths) -> anyhow::Result<Option<Record>> {
     let path = record_path(paths);
     match fs::read(&path) {
-        Ok(text) => {
-            Ok(Some(serde_json::from_slice(&text).with_context(|| format!("record {}", path.display()))?))
-        }
+        Ok(text) => Ok(Some(
+            serde_json::from_slice(&text).with_context(|| format!("record {}", path.display()))?,
+        )),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("record {}", path.display())),
     }
@@ -152,9 +153,11 @@ pub(crate) fn stop(paths: &Paths, patience: Duration) -> anyhow::Result<bool> {
     if !is_running(paths) {
         return Ok(false);
     }
-    let record = read(paths)?.context("something holds the folders, but left no record of itself")?;
+    let record =
+        read(paths)?.context("something holds the folders, but left no record of itself")?;
     let pid = Pid::from_raw(record.pid);
-    for (signal, wait) in [(Signal::SIGTERM, patience), (Signal::SIGKILL, Duration::from_secs(10))] {
+    for (signal, wait) in [(Signal::SIGTERM, patience), (Signal::SIGKILL, Duration::from_secs(10))]
+    {
         if !is_running(paths) {
             return Ok(true);
         }

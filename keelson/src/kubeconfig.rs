@@ -15,11 +15,9 @@ pub(crate) fn run(args: &KubeconfigArgs) -> anyhow::Result<()> {
     let path = &paths.admin_kubeconfig;
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!(
-            "{} is not there yet: `keelson up{}` makes it",
-            path.display(),
-            paths.flag()
-        ),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            bail!("{} is not there yet: `keelson up{}` makes it", path.display(), paths.flag())
+        }
         Err(error) => return Err(error).with_context(|| format!("kubeconfig {}", path.display())),
     };
     match &args.output {

@@ -59,7 +59,11 @@ fn run_command(cli: Cli) -> anyhow::Result<()> {
     keelson_api::logging::init(&cli.log_level, format)?;
     match cli.command {
         Command::Version => {
-            println!("keelson {} (Kubernetes {})", env!("CARGO_PKG_VERSION"), keelson_api::KUBERNETES_VERSION);
+            println!(
+                "keelson {} (Kubernetes {})",
+                env!("CARGO_PKG_VERSION"),
+                keelson_api::KUBERNETES_VERSION
+            );
             Ok(())
         }
         Command::Completions { shell } => {

@@ -85,7 +85,9 @@ fn bind_address(field: &str, text: &str) -> anyhow::Result<Option<SocketAddr>> {
     if text.is_empty() {
         return Ok(None);
     }
-    text.parse().map(Some).with_context(|| format!("{field} {text:?}: an address with a port is wanted"))
+    text.parse()
+        .map(Some)
+        .with_context(|| format!("{field} {text:?}: an address with a port is wanted"))
 }
 
 /// `keelson proxy`.
@@ -104,8 +106,9 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
             println!("the proxy's rules are removed");
             return Ok(());
         }
-        let name =
-            node::name(args.hostname_override.as_deref().or(settings.hostname_override.as_deref()))?;
+        let name = node::name(
+            args.hostname_override.as_deref().or(settings.hostname_override.as_deref()),
+        )?;
         let path = args
             .kubeconfig
             .as_ref()

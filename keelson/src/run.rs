@@ -59,10 +59,12 @@ pub(crate) fn alive(client: kube::Client) -> impl AsyncFn() -> bool {
 pub(crate) async fn client(path: &std::path::Path) -> anyhow::Result<kube::Client> {
     let context = || format!("kubeconfig {}", path.display());
     let kubeconfig = kube::config::Kubeconfig::read_from(path).with_context(context)?;
-    let config =
-        kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default())
-            .await
-            .with_context(context)?;
+    let config = kube::Config::from_custom_kubeconfig(
+        kubeconfig,
+        &kube::config::KubeConfigOptions::default(),
+    )
+    .await
+    .with_context(context)?;
     kube::Client::try_from(config).with_context(context)
 }
 

@@ -47,13 +47,17 @@ pub(crate) fn run(args: &UpArgs) -> anyhow::Result<()> {
         proxy::config(&proxy_settings, &name, vec![address], Some(args.cluster.cluster_cidr))?;
     crate::runtime()?.block_on(async {
         let shutdown = run::shutdown_on_signal()?;
-        let held = instance::hold(&paths, Record {
-            role: "up".to_owned(),
-            api_server: Some(format!("https://{address}:{}", args.cluster.api_port)),
-            cgroup_root: agent::cgroup_root(&paths, &settings),
-            ..Record::of_this_process(&name)
-        })?;
-        let started = Started { args, paths: &paths, name: &name, address, shutdown: shutdown.clone() };
+        let held = instance::hold(
+            &paths,
+            Record {
+                role: "up".to_owned(),
+                api_server: Some(format!("https://{address}:{}", args.cluster.api_port)),
+                cgroup_root: agent::cgroup_root(&paths, &settings),
+                ..Record::of_this_process(&name)
+            },
+        )?;
+        let started =
+            Started { args, paths: &paths, name: &name, address, shutdown: shutdown.clone() };
         let result = started.run(settings, proxy_config, held).await;
         // A part that failed takes the others along.
         shutdown.cancel();
@@ -84,7 +88,8 @@ impl Started<'_> {
             ControlPlane::start(paths, &args.cluster, name, address, &shutdown).await?;
         let server = Arc::clone(&control_plane.server);
         let tasks = TaskTracker::new();
-        let proxy_client = server.client(UserInfo::user("system:kube-proxy", &["system:node-proxier"]));
+        let proxy_client =
+            server.client(UserInfo::user("system:kube-proxy", &["system:node-proxier"]));
         let (stop, proxy_shutdown) = (shutdown.clone(), shutdown.clone());
         let proxy = tasks.spawn(async move {
             let result = keelson_proxy::run(proxy_config, proxy_client, proxy_shutdown).await;
@@ -113,7 +118,8 @@ impl Started<'_> {
             result = ready => result?,
             () = shutdown.cancelled() => {}
         }
-        let alive = run::alive(server.client(UserInfo::user("system:apiserver", &["system:masters"])));
+        let alive =
+            run::alive(server.client(UserInfo::user("system:apiserver", &["system:masters"])));
         notify::watchdog(alive, shutdown.clone()).await;
         shutdown.cancelled().await;
         let ended = async {

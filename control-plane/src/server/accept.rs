@@ -42,13 +42,8 @@ pub(crate) async fn run(core: Arc<Core>, listener: TcpListener, tls: Arc<rustls:
             accepted = accept(&listener, &room) => accepted,
         };
         let Some((stream, peer, place)) = accepted else { continue };
-        let connection = serve(
-            Arc::clone(&core),
-            acceptor.clone(),
-            stream,
-            peer,
-            graceful.watcher(),
-        );
+        let connection =
+            serve(Arc::clone(&core), acceptor.clone(), stream, peer, graceful.watcher());
         core.tasks.spawn(async move {
             connection.await;
             drop(place);
@@ -109,12 +104,11 @@ async fn serve(
         .and_then(|chain| chain.first())
         .map(|certificate| Arc::from(certificate.as_ref()));
     let info = Peer { certificate };
-    let service = ApiService::new(Arc::clone(&core)).map_request(
-        move |mut request: Request<Incoming>| {
+    let service =
+        ApiService::new(Arc::clone(&core)).map_request(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(info.clone());
             request
-        },
-    );
+        });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()

@@ -90,9 +90,7 @@ pub(crate) enum Refused {
 
 pub(crate) fn store_status(error: &StoreError) -> Status {
     match error {
-        StoreError::Compacted { requested, compacted } => {
-            Status::too_old(requested.0, compacted.0)
-        }
+        StoreError::Compacted { requested, compacted } => Status::too_old(requested.0, compacted.0),
         StoreError::Future { requested, current } => too_large(*requested, *current),
         StoreError::Closed { .. } => Status::unavailable("the server is shutting down"),
         error => Status::internal(error),
@@ -160,8 +158,7 @@ impl Core {
     }
 
     fn store_key(resource: &Resource, object: &Value) -> String {
-        let namespace =
-            if resource.namespaced { text(object, "/metadata/namespace") } else { "" };
+        let namespace = if resource.namespaced { text(object, "/metadata/namespace") } else { "" };
         let key = cache::object_key(namespace, text(object, "/metadata/name"));
         format!("{}{key}", cache::prefix(&resource.storage))
     }
@@ -201,8 +198,7 @@ impl Core {
         expect: Revision,
     ) -> Result<Arc<Value>, Refused> {
         let key = Self::store_key(resource, object);
-        let revision =
-            self.measured(resource, "delete", self.store.delete(&key, expect)).await?;
+        let revision = self.measured(resource, "delete", self.store.delete(&key, expect)).await?;
         if resource.group.is_empty() && resource.plural == "services" {
             self.services.release(object);
         }

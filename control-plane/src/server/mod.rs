@@ -135,9 +135,9 @@ impl ApiServer {
         if config.service_cidrs.is_empty() {
             return Err(StartError::NoServiceRange);
         }
-        let listener = TcpListener::bind(config.bind_address).await.map_err(|source| {
-            StartError::Listen { address: config.bind_address, source }
-        })?;
+        let listener = TcpListener::bind(config.bind_address)
+            .await
+            .map_err(|source| StartError::Listen { address: config.bind_address, source })?;
         let address = listener
             .local_addr()
             .map_err(|source| StartError::Listen { address: config.bind_address, source })?;

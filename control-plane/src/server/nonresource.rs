@@ -73,7 +73,8 @@ fn discover(
     of_core: bool,
     plainly: impl FnOnce() -> Value,
 ) -> Result<Answer, Status> {
-    let shapes = [AggregatedVersion::V2, AggregatedVersion::V2Beta1].map(Shape::AggregatedDiscovery);
+    let shapes =
+        [AggregatedVersion::V2, AggregatedVersion::V2Beta1].map(Shape::AggregatedDiscovery);
     let accepted = call.accept(&shapes)?;
     let (document, media_type) = match accepted.shape {
         Shape::AggregatedDiscovery(version) => {

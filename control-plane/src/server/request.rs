@@ -165,7 +165,8 @@ impl RequestInfo {
         if self.subresource == "proxy" {
             // With its slashes as they were.
             let behind = self.path.match_indices("/proxy").map(|(at, found)| at + found.len());
-            let behind = behind.map(|at| &self.path[at..]).find(|t| t.is_empty() || t.starts_with('/'));
+            let behind =
+                behind.map(|at| &self.path[at..]).find(|t| t.is_empty() || t.starts_with('/'));
             self.rest = behind.unwrap_or_default().trim_start_matches('/').to_owned();
         } else if parts.len() > 3 {
             // Nothing is that deep.
@@ -241,13 +242,53 @@ mod tests {
             (Method::GET, "/api/v1/watch/pods", "watch", "", "pods", "", ""),
             (Method::GET, "/api/v1/watch/namespaces/d/pods/x", "watch", "d", "pods", "x", ""),
             (Method::GET, "/api/v1/namespaces/d/pods/x", "get", "d", "pods", "x", ""),
-            (Method::PUT, "/api/v1/namespaces/d/pods/x/status", "update", "d", "pods", "x", "status"),
-            (Method::POST, "/apis/apps/v1/namespaces/d/deployments", "create", "d", "deployments", "", ""),
-            (Method::DELETE, "/apis/apps/v1/namespaces/d/deployments", "deletecollection", "d", "deployments", "", ""),
+            (
+                Method::PUT,
+                "/api/v1/namespaces/d/pods/x/status",
+                "update",
+                "d",
+                "pods",
+                "x",
+                "status",
+            ),
+            (
+                Method::POST,
+                "/apis/apps/v1/namespaces/d/deployments",
+                "create",
+                "d",
+                "deployments",
+                "",
+                "",
+            ),
+            (
+                Method::DELETE,
+                "/apis/apps/v1/namespaces/d/deployments",
+                "deletecollection",
+                "d",
+                "deployments",
+                "",
+                "",
+            ),
             (Method::GET, "/api/v1/namespaces", "list", "", "namespaces", "", ""),
             (Method::GET, "/api/v1/namespaces/d", "get", "d", "namespaces", "d", ""),
-            (Method::PUT, "/api/v1/namespaces/d/finalize", "update", "d", "namespaces", "d", "finalize"),
-            (Method::PATCH, "/api/v1/namespaces/d/status", "patch", "d", "namespaces", "d", "status"),
+            (
+                Method::PUT,
+                "/api/v1/namespaces/d/finalize",
+                "update",
+                "d",
+                "namespaces",
+                "d",
+                "finalize",
+            ),
+            (
+                Method::PATCH,
+                "/api/v1/namespaces/d/status",
+                "patch",
+                "d",
+                "namespaces",
+                "d",
+                "status",
+            ),
             (Method::GET, "/api/v1/nodes/n/proxy/metrics", "get", "", "nodes", "n", "proxy"),
         ];
         for (method, url, verb, namespace, resource, name, subresource) in table {

@@ -84,9 +84,9 @@ pub(crate) fn include_object(parameter: Option<&str>) -> Result<IncludeObject, S
         None | Some("Metadata") => Ok(IncludeObject::Metadata),
         Some("Object") => Ok(IncludeObject::Object),
         Some("None") => Ok(IncludeObject::None),
-        Some(other) => Err(Status::bad_request(format!(
-            "unrecognized includeObject value: {other:?}"
-        ))),
+        Some(other) => {
+            Err(Status::bad_request(format!("unrecognized includeObject value: {other:?}")))
+        }
     }
 }
 

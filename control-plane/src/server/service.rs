@@ -79,7 +79,8 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let core = Arc::clone(&self.core);
-        let request = request.map(|body| body.map_err(|error| BodyError(error.into())).boxed_unsync());
+        let request =
+            request.map(|body| body.map_err(|error| BodyError(error.into())).boxed_unsync());
         Box::pin(async move { Ok(serve(core, request).await) })
     }
 }
@@ -91,8 +92,7 @@ async fn serve(core: Arc<Core>, request: Request<RequestBody>) -> Answer {
     let is_head = request.method() == Method::HEAD;
     // A failure that can't be sent in the form the client wants is sent in ours.
     let pretty = info.query.get("pretty");
-    let accepted: Accepted =
-        negotiate::accept(request.headers(), pretty, &[]).unwrap_or_default();
+    let accepted: Accepted = negotiate::accept(request.headers(), pretty, &[]).unwrap_or_default();
     let mut answer = match process(&core, &info, request).await {
         Ok(answer) => answer,
         Err(status) => {
@@ -139,11 +139,7 @@ async fn process(
 }
 
 /// Who asks.
-async fn identify(
-    core: &Core,
-    info: &RequestInfo,
-    request: &Parts,
-) -> Result<UserInfo, Status> {
+async fn identify(core: &Core, info: &RequestInfo, request: &Parts) -> Result<UserInfo, Status> {
     // Only callers in this process can have put one there.
     if let Some(user) = request.extensions.get::<UserInfo>() {
         return Ok(user.clone());
@@ -182,9 +178,9 @@ async fn identify(
 fn websocket_token(request: &Parts) -> Option<String> {
     use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
     let offered = request.headers.get(header::SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?;
-    let token = offered
-        .split(',')
-        .find_map(|protocol| protocol.trim().strip_prefix("base64url.bearer.authorization.k8s.io."))?;
+    let token = offered.split(',').find_map(|protocol| {
+        protocol.trim().strip_prefix("base64url.bearer.authorization.k8s.io.")
+    })?;
     String::from_utf8(URL_SAFE_NO_PAD.decode(token).ok()?).ok()
 }
 
@@ -281,7 +277,8 @@ async fn dispatch(
         .ok_or_else(Status::unknown_path)?;
     if resource.namespaced
         && info.namespace.is_empty()
-        && !(matches!(info.verb, "list" | "watch") || info.verb == "create" && resource.virtual_only)
+        && !(matches!(info.verb, "list" | "watch")
+            || info.verb == "create" && resource.virtual_only)
         || !resource.namespaced && !info.namespace.is_empty() && resource.plural != "namespaces"
     {
         // All namespaces can be read at once, and not written.

@@ -162,16 +162,10 @@ fn percent_encode(text: &str) -> String {
     encoded
 }
 
-fn to_kubelet(
-    core: &Core,
-    call: &Call,
-    pod: &Value,
-    subresource: &str,
-) -> Result<Backend, Status> {
+fn to_kubelet(core: &Core, call: &Call, pod: &Value, subresource: &str) -> Result<Backend, Status> {
     let node_name = text(pod, "/spec/nodeName");
     let asked = call.info.query.get("container");
-    let pod_path =
-        format!("{}/{}", text(pod, "/metadata/namespace"), text(pod, "/metadata/name"));
+    let pod_path = format!("{}/{}", text(pod, "/metadata/namespace"), text(pod, "/metadata/name"));
     let (path, parameters) = match subresource {
         "log" => {
             let container = container(pod, asked)?;
@@ -219,8 +213,7 @@ fn to_kubelet(
         let name = text(pod, "/metadata/name");
         return Err(Status::bad_request(format!("pod {name} does not have a host assigned")));
     }
-    let path_and_query =
-        if parameters.is_empty() { path } else { format!("{path}?{parameters}") };
+    let path_and_query = if parameters.is_empty() { path } else { format!("{path}?{parameters}") };
     kubelet(core, node_name, path_and_query)
 }
 
@@ -374,7 +367,8 @@ async fn service_proxy(core: &Core, call: &Call) -> Result<Backend, Status> {
     let port_name = text(chosen.ok_or_else(unavailable)?, "/name");
     let mut candidates = Vec::new();
     for slice in core.cache.list("discovery.k8s.io", "endpointslices", Some(namespace)) {
-        let of = slice.pointer("/metadata/labels").and_then(|l| l.get("kubernetes.io/service-name"));
+        let of =
+            slice.pointer("/metadata/labels").and_then(|l| l.get("kubernetes.io/service-name"));
         if of.and_then(Value::as_str) != Some(name) {
             continue;
         }
@@ -448,8 +442,7 @@ async fn pass_on(
         let (address, port) = (&backend.address, backend.port);
         Status::unavailable(format!("the connection to {address}:{port} broke off: {error}"))
     };
-    let (mut sender, connection) =
-        http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
     let shutdown = core.shutdown.clone();
     core.tasks.spawn(async move {
         tokio::select! {

@@ -18,6 +18,7 @@
 //! into the trash before its files go: so whoever was killed in between finds either all or nothing.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Write},
     net::IpAddr,
@@ -205,6 +206,31 @@ pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).map_err(failed("writing", path))?;
     file.persist(path).map_err(|e| failed("writing", path)(e.error))?;
     Ok(())
+}
+
+/// The images that the containers below a runtime's root are made from, whether or not a process has
+/// it open: what must not be removed. A record that can't be read is an error, for it may name one.
+///
+/// # Errors
+/// The records can't be read.
+pub fn images_in_use(root: &Path) -> std::io::Result<BTreeSet<ImageId>> {
+    let folders = match fs::read_dir(root.join("containers")) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        folders => folders?,
+    };
+    let mut used = BTreeSet::new();
+    for folder in folders {
+        match fs::read(folder?.path().join("container.json")) {
+            Ok(text) => {
+                let record: ContainerRecord = serde_json::from_slice(&text)?;
+                used.insert(record.image_id);
+            }
+            // One that is being made or was removed just now.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(used)
 }
 
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {

@@ -42,7 +42,7 @@ use std::{
 use async_trait::async_trait;
 use tokio::sync::{broadcast, watch};
 
-pub use self::teardown::Removed;
+pub use self::{disk::images_in_use, teardown::Removed};
 use self::{
     disk::{ContainerRecord, Disk, Phase, SandboxRecord},
     shim::protocol,

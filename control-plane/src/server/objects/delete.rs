@@ -52,11 +52,8 @@ pub(crate) struct DeleteOptions {
 
 impl DeleteOptions {
     fn parse(call: &Call, body: &Bytes) -> Result<Self, Status> {
-        let given = if body.is_empty() {
-            Value::Null
-        } else {
-            parse_document(body, body_is_yaml(call)?)?
-        };
+        let given =
+            if body.is_empty() { Value::Null } else { parse_document(body, body_is_yaml(call)?)? };
         let query = &call.info.query;
         let mut options = Self::from_value(&given)?;
         if let Some(grace) = query.number("gracePeriodSeconds")? {
@@ -344,8 +341,7 @@ pub(crate) async fn delete(
         Deleted::Gone(object) if is_pod(resource) => object,
         Deleted::Gone(object) => {
             let uid = text(&object, "/metadata/uid");
-            let status =
-                Status::deleted(&resource.group, &resource.plural, &call.info.name, uid);
+            let status = Status::deleted(&resource.group, &resource.plural, &call.info.name, uid);
             return Ok(respond::document(StatusCode::OK, &status, accepted));
         }
     };

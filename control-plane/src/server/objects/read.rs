@@ -132,8 +132,7 @@ impl ListOptions {
                 return Err(invalid("resourceVersionMatch", given, why));
             }
             (Some(Revision(0)), "Exact") => {
-                let why =
-                    "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"";
+                let why = "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"";
                 return Err(invalid("resourceVersionMatch", "Exact", why));
             }
             (Some(revision), "Exact") => AsOf::Exactly(revision),
@@ -215,9 +214,8 @@ async fn select(
     }
     let limit = if options.limit == 0 { usize::MAX } else { options.limit };
     let namespace = resource.namespaced.then_some(namespace);
-    let (snapshot, page) = cache.page(namespace, options.after.as_deref(), limit, |object| {
-        selection.matches(object)
-    });
+    let (snapshot, page) =
+        cache.page(namespace, options.after.as_deref(), limit, |object| selection.matches(object));
     let last = snapshot.items.last().filter(|_| page.more).map(|(key, _)| key.to_string());
     // A page of a list is as of the list's revision, also if it was made from a later state of
     // other resources.

@@ -299,8 +299,7 @@ struct Encoder {
 impl Encoder {
     /// Whether the client gets objects just as they are stored.
     fn is_plain(&self, object: &Arc<Value>) -> bool {
-        self.accepted.shape == Shape::Whole
-            && Arc::ptr_eq(object, &self.resource.convert(object))
+        self.accepted.shape == Shape::Whole && Arc::ptr_eq(object, &self.resource.convert(object))
     }
 
     fn count(&self, line: Bytes) -> Bytes {

@@ -83,8 +83,7 @@ impl Written {
     pub(crate) fn answer(self, call: &Call, resource: &Resource) -> Result<Answer, Status> {
         let accepted = call.accept(&[Shape::Table, Shape::Partial])?;
         let code = if self.created { StatusCode::CREATED } else { StatusCode::OK };
-        let mut answer =
-            respond::object(code, resource, &self.object, accepted, call.include()?);
+        let mut answer = respond::object(code, resource, &self.object, accepted, call.include()?);
         respond::warn(&mut answer, &self.warnings);
         Ok(answer)
     }
@@ -164,11 +163,8 @@ pub(crate) async fn create_object(
     }
     let generated = target.name.is_empty() && text(&object, "/metadata/name").is_empty();
     resource.default(&mut object);
-    let context = CreateContext {
-        namespace,
-        name: Some(target.name).filter(|name| !name.is_empty()),
-        now,
-    };
+    let context =
+        CreateContext { namespace, name: Some(target.name).filter(|name| !name.is_empty()), now };
     resource.prepare_create(&mut object, &context)?;
     if record {
         patch::apply::record_update(resource, None, &mut object, &options.manager, "", now);

@@ -18,7 +18,8 @@ pub(super) fn held(service: &Value) -> Held {
     let single = text(service, &["spec", "clusterIP"]);
     let all = list(service, &["spec", "clusterIPs"]).iter().filter_map(Value::as_str);
     held.addresses = all.chain(Some(single)).filter_map(|address| address.parse().ok()).collect();
-    let ports = list(service, &["spec", "ports"]).iter().filter_map(|port| int(port, &["nodePort"]));
+    let ports =
+        list(service, &["spec", "ports"]).iter().filter_map(|port| int(port, &["nodePort"]));
     let health = int(service, &["spec", "healthCheckNodePort"]);
     held.ports = ports
         .chain(health)
@@ -118,11 +119,8 @@ impl Allocation<'_> {
         }
         let headless = asked.first().is_some_and(|ip| ip == NONE);
         let families = self.families(new, if headless { &[] } else { &asked })?;
-        let addresses = if headless {
-            vec![NONE.to_owned()]
-        } else {
-            self.take_addresses(&families, &asked)?
-        };
+        let addresses =
+            if headless { vec![NONE.to_owned()] } else { self.take_addresses(&families, &asked)? };
         if let Some(spec) = spec(new) {
             spec.insert("clusterIP".to_owned(), addresses[0].as_str().into());
             spec.insert("clusterIPs".to_owned(), json!(addresses));
@@ -199,17 +197,18 @@ impl Allocation<'_> {
             };
             let address = match asked.get(n) {
                 Some(text) => {
-                    let invalid = |why: String| {
-                        FieldError::invalid(&field, text.as_str(), why)
-                    };
-                    let address: IpAddr =
-                        text.parse().map_err(|_| invalid("must be a valid IP address".to_owned()))?;
+                    let invalid = |why: String| FieldError::invalid(&field, text.as_str(), why);
+                    let address: IpAddr = text
+                        .parse()
+                        .map_err(|_| invalid("must be a valid IP address".to_owned()))?;
                     if self.old.addresses.contains(&address) {
                         addresses.push(text.clone());
                         continue;
                     }
                     if family(address.is_ipv4()) != *wanted {
-                        return Err(invalid(format!("expected an {wanted} value as indicated by `ipFamilies[{n}]`")));
+                        return Err(invalid(format!(
+                            "expected an {wanted} value as indicated by `ipFamilies[{n}]`"
+                        )));
                     }
                     pool.take(address)
                         .map_err(|e| invalid(format!("failed to allocate IP {text}: {e}")))?;
@@ -247,9 +246,8 @@ impl Allocation<'_> {
             if asked == 0 && wants {
                 asked = before;
             }
-            let mine = |port: &u16| {
-                self.old.ports.contains(port) || self.taken.ports.contains(port)
-            };
+            let mine =
+                |port: &u16| self.old.ports.contains(port) || self.taken.ports.contains(port);
             let taken = match asked {
                 0 if !wants => continue,
                 // One port over two protocols gets one node port.

@@ -42,7 +42,8 @@ impl Numbers {
     }
 
     fn take_any(&mut self) -> Option<u64> {
-        let number = self.free_in(self.reserved, self.size).or_else(|| self.free_in(0, self.reserved))?;
+        let number =
+            self.free_in(self.reserved, self.size).or_else(|| self.free_in(0, self.reserved))?;
         self.taken.insert(number);
         Some(number)
     }
@@ -223,7 +224,10 @@ mod tests {
         assert_eq!(pool.first().to_string(), "fd00::1");
         assert!(pool.take("fd00::10".parse().unwrap()).is_ok());
         assert!(matches!(pool.take_any(), Ok(IpAddr::V6(_))));
-        assert_eq!(AddressPool::new("10.0.0.0/32".parse().unwrap()).take_any(), Err(PoolError::Full));
+        assert_eq!(
+            AddressPool::new("10.0.0.0/32".parse().unwrap()).take_any(),
+            Err(PoolError::Full)
+        );
         let mut ports = PortPool::new(30000..=30001);
         assert!(ports.take(30001).is_ok());
         assert_eq!(ports.take_any(), Ok(30000));

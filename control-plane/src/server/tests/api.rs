@@ -1,6 +1,9 @@
 //! Semantics, over the in-process client.
 
-use std::{collections::BTreeMap, time::{Duration, Instant}};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
@@ -53,9 +56,8 @@ async fn objects_live_through_their_life() {
 
     let patched = world.must("PATCH", &path, Some(json!({"data": {"k": null, "l": "4"}}))).await;
     assert_eq!(patched["data"], json!({"l": "4"}));
-    let (code, _) = world
-        .send("PATCH", &path, &[("content-type", "application/json")], b"{}".to_vec())
-        .await;
+    let (code, _) =
+        world.send("PATCH", &path, &[("content-type", "application/json")], b"{}".to_vec()).await;
     assert_eq!(code, 415);
     let dry = format!("{path}?dryRun=All");
     let dry = world.must("PATCH", &dry, Some(json!({"data": {"l": "5"}}))).await;
@@ -83,9 +85,14 @@ async fn bad_requests_are_told_what_is_wrong() {
     assert_eq!(world.send("POST", MAPS, &json, vec![b' '; 4 << 20]).await.0, 413);
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
     assert_eq!(world.send("POST", MAPS, &json, deep.into_bytes()).await.0, 400);
-    let (code, status) =
-        world.ask("POST", MAPS, Some(json!({"apiVersion": "v1", "kind": "ConfigMap",
-            "metadata": {"name": "Not A Name"}}))).await;
+    let (code, status) = world
+        .ask(
+            "POST",
+            MAPS,
+            Some(json!({"apiVersion": "v1", "kind": "ConfigMap",
+            "metadata": {"name": "Not A Name"}})),
+        )
+        .await;
     assert_eq!(code, 422);
     assert_eq!(status["details"]["causes"][0]["field"], "metadata.name");
     let unknown = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a"},
@@ -182,7 +189,10 @@ async fn watches_begin_go_on_and_end_as_documented() {
     let lines = world.must("GET", &url, None).await;
     let lines: Vec<Value> =
         lines.as_str().unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!((lines[0]["type"].as_str(), lines[1]["type"].as_str()), (Some("ADDED"), Some("ADDED")));
+    assert_eq!(
+        (lines[0]["type"].as_str(), lines[1]["type"].as_str()),
+        (Some("ADDED"), Some("ADDED"))
+    );
     assert_eq!(lines[2]["type"], "BOOKMARK");
     assert_eq!(lines[2]["object"]["metadata"]["annotations"]["k8s.io/initial-events-end"], "true");
     assert_eq!(lines.last().unwrap()["type"], "BOOKMARK");
@@ -372,11 +382,17 @@ async fn scales_read_and_write_replicas() {
             "spec": {"containers": [{"name": "c", "image": "local/app:1"}]}}}});
     world.must("POST", path, Some(deployment)).await;
     let scale = world.must("GET", &format!("{path}/web/scale"), None).await;
-    assert_eq!((scale["spec"]["replicas"].as_i64(), scale["kind"].as_str()), (Some(2), Some("Scale")));
+    assert_eq!(
+        (scale["spec"]["replicas"].as_i64(), scale["kind"].as_str()),
+        (Some(2), Some("Scale"))
+    );
     let patch = json!({"spec": {"replicas": 5}});
     world.must("PATCH", &format!("{path}/web/scale"), Some(patch)).await;
     let scaled = world.must("GET", &format!("{path}/web"), None).await;
-    assert_eq!((&scaled["spec"]["replicas"], &scaled["metadata"]["generation"]), (&json!(5), &json!(2)));
+    assert_eq!(
+        (&scaled["spec"]["replicas"], &scaled["metadata"]["generation"]),
+        (&json!(5), &json!(2))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -51,7 +51,8 @@ async fn a_users_session() {
     let applied = ok(&world, &["apply", "-f", "-"], &changed).await;
     assert!(applied.contains("deployment.apps/web configured"), "{applied}");
     let server_side = ["apply", "--server-side", "--field-manager=me", "-f", "-"];
-    let (success, text) = world.kubectl(&server_side, &SERVICE.replace("port: 80,", "port: 81,")).await;
+    let (success, text) =
+        world.kubectl(&server_side, &SERVICE.replace("port: 80,", "port: 81,")).await;
     assert!(!success && text.contains("conflict"), "{text}");
     let forced = [&server_side[..], &["--force-conflicts"]].concat();
     ok(&world, &forced, &SERVICE.replace("port: 80,", "port: 81,")).await;

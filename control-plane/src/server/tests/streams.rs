@@ -48,8 +48,7 @@ async fn kubelet(world: &World) -> u16 {
                 // Only the API server may ask a kubelet.
                 assert!(stream.get_ref().1.peer_certificates().is_some());
                 let connection = hyper::server::conn::http1::Builder::new();
-                let served =
-                    connection.serve_connection(TokioIo::new(stream), service_fn(answer));
+                let served = connection.serve_connection(TokioIo::new(stream), service_fn(answer));
                 served.with_upgrades().await.ok();
             });
         }
