@@ -55,8 +55,8 @@ use crate::{
     metrics::Metrics,
     nftables::{
         apply::Table,
-        layout::Layout,
         monitor::{Heard, Monitor},
+        rules::Layout,
     },
     proxier::{Proxier, Reports},
     watches::ChangeKind,

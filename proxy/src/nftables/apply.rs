@@ -6,8 +6,9 @@ use super::{
     attribute::Attributes,
     batch::{Batch, Element, TABLE},
     held::{Aftermath, Changes, Forget, Held, Next, affinity_seconds, read_choice},
-    layout::{self, DynamicChain, Layout, PickChain},
+    layout::{self, DynamicChain, PickChain},
     observe::{Found, observe},
+    rules::Layout,
     socket::{NftError, NftSocket},
     uapi::{
         NFT_MSG_GETSETELEM, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET,

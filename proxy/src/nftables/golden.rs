@@ -7,7 +7,8 @@ use super::{
     batch::{Batch, Bytes, Data, Element},
     expression::Verdict,
     held::frontend_key,
-    layout::{self, DynamicChain, Layout, PickChain},
+    layout::{self, DynamicChain, PickChain},
+    rules::Layout,
 };
 use crate::{
     config::NodePortAddresses,

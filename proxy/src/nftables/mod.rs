@@ -6,7 +6,7 @@
 //!                      └──── held: what it has taken ◄───┘
 //! ```
 //!
-//! [`layout`] has the chains and rules, which don't depend on Services at all; [`held`] turns units
+//! [`layout`] has the names and [`rules`] the chains and rules, which don't depend on Services at all; [`held`] turns units
 //! into elements of maps and back; [`batch`], [`expression`] and [`attribute`] are the encoder;
 //! [`socket`] talks to the kernel; [`observe`] reads back; [`apply`] writes; [`monitor`] hears of
 //! others who write. The packet's path is drawn in the crate's `README.md`.
@@ -22,6 +22,7 @@ pub(crate) mod held;
 pub(crate) mod layout;
 pub(crate) mod monitor;
 pub(crate) mod observe;
+pub(crate) mod rules;
 pub(crate) mod socket;
 pub(crate) mod uapi;
 

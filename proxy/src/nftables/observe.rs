@@ -9,7 +9,8 @@ use super::{
     attribute::Attributes,
     batch::{Chain, Element, TABLE, comment_of},
     held::{Changes, Held},
-    layout::{DynamicChain, Layout},
+    layout::DynamicChain,
+    rules::Layout,
     socket::{NftError, NftSocket},
     uapi::*,
 };
