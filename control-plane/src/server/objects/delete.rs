@@ -28,7 +28,7 @@ use crate::{
     store::Expect,
 };
 
-const RETRIES: usize = 10;
+const RETRIES: usize = 200;
 const ORPHAN: &str = "orphan";
 const FOREGROUND: &str = "foregroundDeletion";
 

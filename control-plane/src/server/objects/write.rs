@@ -24,8 +24,9 @@ use crate::{
 
 /// Names that are tried for `generateName` (as `RetryGenerateName` of Kubernetes).
 const NAMES_TRIED: usize = 8;
-/// How often a write begins again because the object changed under it.
-const RETRIES: usize = 10;
+/// How often a write begins again because the object changed under it. Of those who race, one wins
+/// each time: more would have to race than may be served at a time.
+const RETRIES: usize = 200;
 /// Nested deeper, no YAML is read.
 const YAML_DEPTH: usize = 100;
 

@@ -25,7 +25,7 @@ mod writer;
 use std::{
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
@@ -63,7 +63,8 @@ const REPLAY: usize = 256;
 
 /// See the [module](self).
 pub struct EmbeddedStore {
-    db: Arc<Database>,
+    /// `None` once closed. Whoever reads holds it for as long as that takes.
+    db: RwLock<Option<Arc<Database>>>,
     path: Arc<str>,
     orders: Mutex<Option<mpsc::Sender<Order>>>,
     changes: broadcast::Sender<Arc<[Change]>>,
@@ -103,7 +104,7 @@ impl EmbeddedStore {
             .spawn(move || thread.run())
             .map_err(|error| backend(&name, &error))?;
         Ok(Self {
-            db,
+            db: RwLock::new(Some(db)),
             path: name,
             orders: Mutex::new(Some(orders)),
             changes,
@@ -126,13 +127,14 @@ impl EmbeddedStore {
         {
             tracing::error!(path = %self.path, "the store's writer had panicked");
         }
+        self.db.write().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     async fn order<T>(
         &self,
         make: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Order,
     ) -> Result<T, StoreError> {
-        let closed = || StoreError::Closed { path: self.path.to_string() };
+        let closed = || closed(&self.path);
         let orders = self
             .orders
             .lock()
@@ -149,8 +151,17 @@ impl EmbeddedStore {
         &self,
         read: impl FnOnce(&layout::Snapshot) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        read_blocking(Arc::clone(&self.db), Arc::clone(&self.path), read).await
+        let db = self.database().ok_or_else(|| closed(&self.path))?;
+        read_blocking(db, Arc::clone(&self.path), read).await
     }
+
+    fn database(&self) -> Option<Arc<Database>> {
+        self.db.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+fn closed(path: &str) -> StoreError {
+    StoreError::Closed { path: path.to_owned() }
 }
 
 impl Drop for EmbeddedStore {
@@ -208,7 +219,7 @@ impl Store for EmbeddedStore {
         self.read(move |snapshot| snapshot.check(after)).await?;
         let (sender, receiver) = mpsc::channel(4);
         let follower = Follower {
-            db: Arc::clone(&self.db),
+            db: Arc::downgrade(&self.database().ok_or_else(|| closed(&self.path))?),
             path: Arc::clone(&self.path),
             prefix: prefix.to_owned(),
             seen: after,
@@ -237,9 +248,15 @@ impl Store for EmbeddedStore {
     }
 
     async fn close(&self) {
-        let Some(writer) = self.stop() else { return };
-        let joined = tokio::task::spawn_blocking(move || writer.join()).await;
-        if !matches!(joined, Ok(Ok(()))) {
+        let writer = self.stop();
+        let db = self.db.write().unwrap_or_else(PoisonError::into_inner).take();
+        // Closing writes to the file, so that the next start need not repair it.
+        let closing = tokio::task::spawn_blocking(move || {
+            let joined = writer.is_none_or(|writer| writer.join().is_ok());
+            drop(db);
+            joined
+        });
+        if !closing.await.unwrap_or(false) {
             tracing::error!(path = %self.path, "the store's writer had panicked");
         }
     }
@@ -247,7 +264,8 @@ impl Store for EmbeddedStore {
 
 /// One watch: the log up to now, then what is committed.
 struct Follower {
-    db: Arc<Database>,
+    /// A watch does not keep the file open.
+    db: Weak<Database>,
     path: Arc<str>,
     prefix: String,
     /// All up to here has been sent on.
@@ -291,11 +309,11 @@ impl Follower {
     async fn replay(&mut self) -> Result<(), StoreError> {
         loop {
             let seen = self.seen;
-            let changes =
-                read_blocking(Arc::clone(&self.db), Arc::clone(&self.path), move |snapshot| {
-                    snapshot.changes(seen, REPLAY)
-                })
-                .await?;
+            let db = self.db.upgrade().ok_or_else(|| closed(&self.path))?;
+            let changes = read_blocking(db, Arc::clone(&self.path), move |snapshot| {
+                snapshot.changes(seen, REPLAY)
+            })
+            .await?;
             if changes.is_empty() || !self.pass_on(changes).await {
                 return Ok(());
             }
