@@ -14,6 +14,10 @@ use serde_json::json;
 use super::{NodeInfo, machine::Free, plan};
 use crate::{admission::NodeView, worker::Context};
 
+/// How soon a node that is not ready is looked at again: what is missing at the start (a range of
+/// addresses for pods) comes within moments, and pods wait for it.
+const UNREADY_LOOK: Duration = Duration::from_millis(200);
+
 struct Keeper {
     nodes: Api<Node>,
     context: Arc<Context>,
@@ -38,13 +42,13 @@ impl Keeper {
         let mut reported: Option<(Timestamp, NodeStatus)> = None;
         loop {
             let wait = match self.once(&mut reported).await {
-                Ok(()) => {
+                Ok(ready) => {
                     backoff.reset();
                     if !told {
                         told = true;
                         self.event(EventType::Normal, "Starting", "Starting kubelet.");
                     }
-                    config.status_update_frequency
+                    if ready { config.status_update_frequency } else { UNREADY_LOOK }
                 }
                 Err(error) => {
                     tracing::warn!(%error, "node not registered or its status not written");
@@ -55,11 +59,11 @@ impl Keeper {
         }
     }
 
-    /// One look at the machine and at the Node; writes what differs.
+    /// One look at the machine and at the Node; writes what differs. Says whether the node is ready.
     async fn once(
         &self,
         reported: &mut Option<(Timestamp, NodeStatus)>,
-    ) -> Result<(), kube::Error> {
+    ) -> Result<bool, kube::Error> {
         let config = &self.context.config;
         let root_dir = config.root_dir.clone();
         let free = tokio::task::spawn_blocking(move || Free::read(&root_dir)).await;
@@ -67,7 +71,7 @@ impl Keeper {
             Ok(Ok(free)) => free,
             other => {
                 tracing::warn!(?other, "free memory and disk not read");
-                return Ok(());
+                return Ok(true);
             }
         };
         let runtime = self.context.runtime.status().await;
@@ -102,7 +106,7 @@ impl Keeper {
             }
             None => {
                 tracing::warn!(name, "there is no Node of this name, and registering is off");
-                return Ok(());
+                return Ok(true);
             }
         };
         self.tell(&node);
@@ -112,6 +116,7 @@ impl Keeper {
             now.duration_since(*at).unsigned_abs() >= config.node.status_report_frequency
         });
         let conditions = |status: &NodeStatus| status.conditions.clone().unwrap_or_default();
+        let ready = conditions(&status).iter().any(|c| c.type_ == "Ready" && c.status == "True");
         if due || plan::differ(&old, &status) {
             let body = json!({ "status": status });
             let patch = Patch::Strategic(&body);
@@ -124,7 +129,7 @@ impl Keeper {
             }
             *reported = Some((now, status));
         }
-        Ok(())
+        Ok(ready)
     }
 
     /// Gives a Node that was there before the labels that are this node's to give.

@@ -207,7 +207,10 @@ impl EmbeddedRuntime {
             let error = result.err();
             if lock(&sandbox.record).phase == Phase::Ready {
                 let id = lock(&sandbox.record).id.clone();
-                tracing::warn!(sandbox = %id, ?error, "the shim of a pod is gone");
+                // Whoever stops the pod holds this, and has told the shim to end.
+                if sandbox.changing.try_lock().is_ok() {
+                    tracing::warn!(sandbox = %id, ?error, "the shim of a pod is gone");
+                }
                 sandbox.alive.send_replace(false);
                 inner.announce(RuntimeEventKind::SandboxChanged, &sandbox, None);
             }

@@ -23,7 +23,7 @@ use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
         Error, Message,
-        protocol::{Role, WebSocketConfig},
+        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
     },
 };
 
@@ -130,7 +130,9 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut messages: mpsc::Receive
             return;
         }
     }
-    let _ = sink.send(Message::Close(None)).await;
+    // Clients take a close without this code for a connection that broke.
+    let normal = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+    let _ = sink.send(Message::Close(Some(normal))).await;
     let _ = sink.close().await;
 }
 
