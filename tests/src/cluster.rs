@@ -31,13 +31,18 @@ impl Cluster {
     /// # Panics
     /// When it does not get ready; the message has the end of its log.
     pub fn start(arguments: &[&str]) -> Self {
-        let machine = Machine::new();
-        let before = Leftovers::now(&machine.netns(), machine.dir());
-        let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
-        let mut cluster = Self { machine, before, arguments, child: None };
+        let mut cluster = Self::prepare(arguments);
         cluster.start_process();
         cluster.wait_ready();
         cluster
+    }
+
+    /// A machine on which nothing runs yet.
+    pub fn prepare(arguments: &[&str]) -> Self {
+        let machine = Machine::new();
+        let before = Leftovers::now(&machine.netns(), machine.dir());
+        let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
+        Self { machine, before, arguments, child: None }
     }
 
     /// Starts the process, without waiting for anything.
