@@ -9,6 +9,7 @@
 //!
 //! * [`config`]: what a server is made of.
 //! * [`request`], [`negotiate`], [`respond`]: URLs and headers in, answers out.
+//! * [`protobuf`]: bodies in that form.
 //! * [`core`](self::core): what the handlers share, and their way into the store.
 //! * [`objects`]: one set of handlers for all resources.
 //! * [`security`]: who decides who may do what.
@@ -32,6 +33,7 @@ mod expiry;
 mod negotiate;
 mod nonresource;
 pub(crate) mod objects;
+mod protobuf;
 pub(crate) mod request;
 mod respond;
 mod security;

@@ -376,7 +376,7 @@ fn review(
 ) -> Result<Answer, Status> {
     let accepted = call.accept(&[])?;
     let options = write::WriteOptions::parse(call)?;
-    let given = write::parse_document(body, write::body_is_yaml(call)?)?;
+    let given = write::parse_document(body, write::body_format(call)?)?;
     let decoded = resource.decode(given, options.validation)?;
     let namespace = &call.info.namespace;
     let answers = &core.security.answers;
@@ -388,7 +388,7 @@ fn review(
 
 fn token(core: &Core, call: &Call, body: &Bytes) -> Result<Answer, Status> {
     let accepted = call.accept(&[])?;
-    let given = write::parse_document(body, write::body_is_yaml(call)?)?;
+    let given = write::parse_document(body, write::body_format(call)?)?;
     let info = &call.info;
     // NodeRestriction and others have their say, as on what is stored.
     let resource = core

@@ -163,6 +163,8 @@ fn validate_secret(new: &Value, old: Option<&Value>, _: &str, errors: &mut Vec<F
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn problems(

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     read,
-    write::{self, body_is_yaml, dry_run, parse_document},
+    write::{self, body_format, dry_run, parse_document},
 };
 use crate::{
     admission::Operation,
@@ -53,7 +53,7 @@ pub(crate) struct DeleteOptions {
 impl DeleteOptions {
     fn parse(call: &Call, body: &Bytes) -> Result<Self, Status> {
         let given =
-            if body.is_empty() { Value::Null } else { parse_document(body, body_is_yaml(call)?)? };
+            if body.is_empty() { Value::Null } else { parse_document(body, body_format(call)?)? };
         let query = &call.info.query;
         let mut options = Self::from_value(&given)?;
         if let Some(grace) = query.number("gracePeriodSeconds")? {

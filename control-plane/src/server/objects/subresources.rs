@@ -11,7 +11,7 @@ use super::{
     delete::{self, DeleteOptions},
     read,
     write::{
-        self, APPLY_PATCH, Changed, JSON_PATCH, WriteOptions, body_is_yaml, parse_document,
+        self, APPLY_PATCH, Changed, Format, JSON_PATCH, WriteOptions, body_format, parse_document,
         patch_kind, target_of, update_object,
     },
 };
@@ -48,9 +48,9 @@ pub(crate) async fn set_scale(
     let options = WriteOptions::parse(call)?;
     let kind = if call.info.verb == "patch" { Some(patch_kind(call)?) } else { None };
     let given = match kind {
-        Some(APPLY_PATCH) => parse_document(body, true)?,
-        Some(_) => parse_document(body, false)?,
-        None => parse_document(body, body_is_yaml(call)?)?,
+        Some(APPLY_PATCH) => parse_document(body, Format::Yaml)?,
+        Some(_) => parse_document(body, Format::Json)?,
+        None => parse_document(body, body_format(call)?)?,
     };
     let change = |old: &Arc<Value>| {
         let present = scale::of(old);
@@ -85,7 +85,7 @@ pub(crate) async fn bind(
 ) -> Result<Answer, Status> {
     let accepted = call.accept(&[])?;
     let options = WriteOptions::parse(call)?;
-    let mut binding = parse_document(body, body_is_yaml(call)?)?;
+    let mut binding = parse_document(body, body_format(call)?)?;
     if !matches!(text(&binding, "/kind"), "" | "Binding") {
         let kind = text(&binding, "/kind");
         return Err(Status::bad_request(format!("the body must be a Binding, not {kind}")));
@@ -137,7 +137,7 @@ pub(crate) async fn evict(
 ) -> Result<Answer, Status> {
     let accepted = call.accept(&[])?;
     let dry_run = write::dry_run(call.info.query.all("dryRun"))?;
-    let mut eviction = parse_document(body, body_is_yaml(call)?)?;
+    let mut eviction = parse_document(body, body_format(call)?)?;
     if text(&eviction, "/kind") != "Eviction" {
         return Err(Status::bad_request(format!(
             "the body must be an Eviction of policy/v1, not {:?}",

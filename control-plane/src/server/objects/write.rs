@@ -16,6 +16,7 @@ use crate::{
     server::{
         core::{Call, Core, Refused, Target, revision_of, text},
         negotiate::Shape,
+        protobuf,
         respond::{self, Answer},
     },
     status::Status,
@@ -90,12 +91,26 @@ impl Written {
     }
 }
 
-/// A document of JSON or YAML.
-pub(crate) fn parse_document(body: &[u8], is_yaml: bool) -> Result<Value, Status> {
-    if !is_yaml {
-        return serde_json::from_slice(body)
-            .map_err(|error| Status::bad_request(format!("the body is not JSON: {error}")));
+/// How a body is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    Json,
+    Yaml,
+    Protobuf,
+}
+
+/// The document in a body.
+pub(crate) fn parse_document(body: &[u8], format: Format) -> Result<Value, Status> {
+    match format {
+        Format::Json => serde_json::from_slice(body)
+            .map_err(|error| Status::bad_request(format!("the body is not JSON: {error}"))),
+        Format::Yaml => parse_yaml(body),
+        Format::Protobuf => protobuf::decode(body)
+            .map_err(|error| Status::bad_request(format!("the body cannot be read: {error}"))),
     }
+}
+
+fn parse_yaml(body: &[u8]) -> Result<Value, Status> {
     let limits = yaml::Limits { depth: YAML_DEPTH, ..yaml::Limits::default() };
     let mut documents = yaml::documents(body, limits)
         .map_err(|error| Status::bad_request(format!("the body is not YAML: {error}")))?;
@@ -105,15 +120,20 @@ pub(crate) fn parse_document(body: &[u8], is_yaml: bool) -> Result<Value, Status
     }
 }
 
-/// Whether a body that should be an object is YAML.
+/// How a body that should be an object is written.
 ///
 /// # Errors
-/// 415: it is something else than JSON or YAML.
-pub(crate) fn body_is_yaml(call: &Call) -> Result<bool, Status> {
+/// 415: in no way that is read here.
+pub(crate) fn body_format(call: &Call) -> Result<Format, Status> {
     match call.content_type().as_deref() {
-        None | Some("" | "application/json" | "text/json") => Ok(false),
-        Some("application/yaml" | "application/x-yaml" | "text/yaml") => Ok(true),
-        Some(_) => Err(Status::unsupported_media_type(&["application/json", "application/yaml"])),
+        None | Some("" | "application/json" | "text/json") => Ok(Format::Json),
+        Some("application/yaml" | "application/x-yaml" | "text/yaml") => Ok(Format::Yaml),
+        Some(protobuf::MEDIA_TYPE) => Ok(Format::Protobuf),
+        Some(_) => Err(Status::unsupported_media_type(&[
+            "application/json",
+            "application/yaml",
+            protobuf::MEDIA_TYPE,
+        ])),
     }
 }
 
@@ -124,10 +144,9 @@ fn read_object(
     body: &[u8],
     validation: FieldValidation,
 ) -> Result<(Value, Vec<String>), Status> {
-    let decoded = if body_is_yaml(call)? {
-        resource.decode(parse_document(body, true)?, validation)?
-    } else {
-        resource.decode_bytes(body, validation)?
+    let decoded = match body_format(call)? {
+        Format::Json => resource.decode_bytes(body, validation)?,
+        format => resource.decode(parse_document(body, format)?, validation)?,
     };
     Ok((decoded.object, decoded.warnings))
 }
@@ -368,7 +387,7 @@ pub(crate) async fn patch(
     if options.force {
         return Err(Status::bad_request("force may not be set for non-apply patches"));
     }
-    let given = parse_document(body, false)?;
+    let given = parse_document(body, Format::Json)?;
     let change = |old: &Arc<Value>| {
         let patched = match kind {
             JSON_PATCH => patch::json_patch(old, &given)?,
@@ -407,7 +426,7 @@ async fn apply(
     if call.info.query.get("fieldManager").is_none() {
         return Err(Status::bad_request("fieldManager is required for apply patch"));
     }
-    let given = parse_document(body, true)?;
+    let given = parse_document(body, Format::Yaml)?;
     let decoded = resource.decode(given, options.validation)?;
     let applied = decoded.object;
     let target = target_of(call, resource);

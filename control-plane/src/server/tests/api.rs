@@ -79,7 +79,9 @@ async fn bad_requests_are_told_what_is_wrong() {
     let protobuf = "application/vnd.kubernetes.protobuf";
     assert_eq!(world.send("GET", MAPS, &headers(protobuf), Vec::new()).await.0, 406);
     let typed = [("content-type", protobuf)];
-    assert_eq!(world.send("POST", MAPS, &typed, b"k8s\0".to_vec()).await.0, 415);
+    assert_eq!(world.send("POST", MAPS, &typed, b"{}".to_vec()).await.0, 400);
+    let cbor = [("content-type", "application/cbor")];
+    assert_eq!(world.send("POST", MAPS, &cbor, b"{}".to_vec()).await.0, 415);
     let json = [("content-type", "application/json")];
     assert_eq!(world.send("POST", MAPS, &json, b"{".to_vec()).await.0, 400);
     assert_eq!(world.send("POST", MAPS, &json, vec![b' '; 4 << 20]).await.0, 413);

@@ -73,6 +73,19 @@ async fn a_users_session() {
     let bad = SERVICE.replace("replicas: 2", "replicaz: 2");
     let (success, text) = world.kubectl(&["apply", "-f", "-"], &bad).await;
     assert!(!success && text.contains("unknown field \"spec.replicaz\""), "{text}");
+    // These send protobuf.
+    ok(&world, &["create", "deployment", "typed", "--image=local/web:1", "--replicas=3"], "").await;
+    ok(&world, &["expose", "deployment", "typed", "--port=80", "--target-port=8080"], "").await;
+    ok(&world, &["create", "secret", "generic", "s", "--from-literal=k=v"], "").await;
+    let secret = ok(&world, &["get", "secret", "s", "-o", "jsonpath={.data.k}"], "").await;
+    assert_eq!(secret, "dg==");
+    let typed = ["get", "deploy,svc", "typed", "-o", "wide"];
+    let typed = ok(&world, &typed, "").await;
+    assert!(typed.contains("0/3") && typed.contains("80/TCP"), "{typed}");
+    ok(&world, &["auth", "can-i", "create", "pods"], "").await;
+    let (allowed, who) =
+        world.kubectl(&["auth", "can-i", "create", "pods", "--as=nobody"], "").await;
+    assert!(!allowed && who.contains("no"), "{who}");
     let (success, text) = world.kubectl(&["get", "pods", "--as=nobody"], "").await;
     assert!(!success && text.contains("User \"nobody\" cannot list resource"), "{text}");
     let deleted = ok(&world, &["delete", "svc", "web", "--wait=true"], "").await;
