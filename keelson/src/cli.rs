@@ -5,6 +5,9 @@ use std::{net::IpAddr, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
+/// Cluster DNS would otherwise log every question.
+const DEFAULT_FILTER: &str = "info,hickory_server=warn";
+
 /// A Kubernetes node in one binary.
 #[derive(Debug, Parser)]
 #[command(
@@ -22,7 +25,7 @@ use ipnet::IpNet;
 pub(crate) struct Cli {
     /// What is logged: a level (error, warn, info, debug, trace) or a filter such as
     /// `info,keelson_proxy=debug`
-    #[arg(long, global = true, default_value = "info", env = "KEELSON_LOG")]
+    #[arg(long, global = true, default_value = DEFAULT_FILTER, env = "KEELSON_LOG")]
     pub(crate) log_level: String,
     /// How log lines look
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]

@@ -40,7 +40,7 @@ impl Cluster {
     /// A machine on which nothing runs yet.
     pub fn prepare(arguments: &[&str]) -> Self {
         let machine = Machine::new();
-        let before = Leftovers::now(&machine.netns(), machine.dir());
+        let before = Leftovers::now(&machine.netns(), machine.dir(), "");
         let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
         Self { machine, before, arguments, child: None }
     }
@@ -171,7 +171,13 @@ impl Cluster {
             .stderr(Stdio::piped())
             .spawn()
             .expect("kubectl");
-        child.stdin.take().expect("stdin").write_all(manifest.as_bytes()).expect("write");
+        // What begins with a brace kubectl takes for JSON.
+        let text = if manifest.starts_with('{') {
+            format!("---\n{manifest}")
+        } else {
+            manifest.to_owned()
+        };
+        child.stdin.take().expect("stdin").write_all(text.as_bytes()).expect("write");
         child.wait_with_output().expect("wait")
     }
 
@@ -252,12 +258,15 @@ impl Cluster {
     /// # Panics
     /// When `down` fails.
     pub fn down(&mut self) -> Vec<String> {
+        let record = fs::read(self.machine.data_dir().join("run/instance.json")).expect("a record");
+        let record: Value = serde_json::from_slice(&record).expect("a record in JSON");
+        let cgroup = record["cgroup_root"].as_str().expect("the cgroup's name").to_owned();
         let output = self.machine.keelson(&["down"]).output().expect("the binary");
         stdout_of("keelson down", &output);
         if let Some(mut child) = self.child.take() {
             child.wait().expect("wait");
         }
-        Leftovers::now(&self.machine.netns(), self.machine.dir()).since(&self.before)
+        Leftovers::now(&self.machine.netns(), self.machine.dir(), &cgroup).since(&self.before)
     }
 }
 

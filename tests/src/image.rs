@@ -39,7 +39,7 @@ pub fn write_busybox_archive(path: &Path, name: &str) {
     let digest = String::from_utf8_lossy(&sum.stdout)[..64].to_owned();
     let config = json!({
         "architecture": architecture(), "os": "linux",
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]},
+        "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": ["/bin/sh"]},
         "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
         "history": [{"created": "1970-01-01T00:00:00Z"}]
     });
@@ -48,6 +48,27 @@ pub fn write_busybox_archive(path: &Path, name: &str) {
     std::fs::write(image.join("manifest.json"), manifest.to_string()).expect("manifest");
     let archive = File::create(path).expect("the archive");
     run(Command::new("tar").args(["-cf", "-", "-C"]).arg(&image).arg(".").stdout(archive));
+}
+
+/// Copies a program of this machine, the libraries that it loads, and those that the C library loads
+/// to look up names, to the same places below `root`.
+fn copy_with_libraries(program: &Path, root: &Path) {
+    let listed = Command::new("ldd").arg(program).output().expect("ldd");
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let libraries: Vec<&str> =
+        listed.split_whitespace().filter(|word| word.starts_with('/')).collect();
+    let c_library = libraries.iter().find(|path| path.contains("/libc.so")).expect("libc");
+    let folder = Path::new(c_library).parent().expect("a folder");
+    let for_names = ["libnss_dns.so.2", "libnss_files.so.2", "libresolv.so.2"];
+    let for_names = for_names.iter().map(|name| folder.join(name)).filter(|path| path.exists());
+    let program = program.to_owned();
+    for file in
+        libraries.iter().map(|path| Path::new(path).to_owned()).chain(for_names).chain([program])
+    {
+        let to = root.join(file.strip_prefix("/").expect("absolute"));
+        std::fs::create_dir_all(to.parent().expect("a folder")).expect("folder");
+        std::fs::copy(&file, &to).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+    }
 }
 
 fn architecture() -> &'static str {

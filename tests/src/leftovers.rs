@@ -15,8 +15,8 @@ pub struct Leftovers {
 
 impl Leftovers {
     /// Looks at the machine whose network namespace is `netns`; mounts and processes are those
-    /// that have to do with `dir`.
-    pub fn now(netns: &str, dir: &Path) -> Self {
+    /// that have to do with `dir`, cgroups those named `cgroup`. Other tests run beside this one.
+    pub fn now(netns: &str, dir: &Path, cgroup: &str) -> Self {
         let dir = dir.to_string_lossy();
         let lines = |program: &str, arguments: &[&str]| -> BTreeSet<String> {
             let output = Command::new("nsenter")
@@ -41,7 +41,7 @@ impl Leftovers {
                 .filter_map(|line| line.split_whitespace().next().map(str::to_owned))
                 .collect(),
             rules: lines("nft", &["list", "tables"]),
-            cgroups: cgroups(),
+            cgroups: cgroups(cgroup),
         }
     }
 
@@ -86,13 +86,13 @@ fn inode(metadata: &fs::Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-fn cgroups() -> BTreeSet<String> {
+fn cgroups(wanted: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for root in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
         for entry in fs::read_dir(root.path()).into_iter().flatten().flatten() {
             let path = entry.path();
             let name = entry.file_name().to_string_lossy().into_owned();
-            if path.is_dir() && (name.starts_with("kubepods") || name.starts_with("keelson")) {
+            if path.is_dir() && !wanted.is_empty() && name == wanted {
                 found.insert(path.to_string_lossy().into_owned());
             }
         }

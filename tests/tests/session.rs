@@ -32,6 +32,16 @@ fn pod_names(cluster: &Cluster, selector: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// A GET request from inside a pod of the busybox image.
+fn fetch_in_pod(cluster: &Cluster, pod: &str, url: &str) -> Result<String, String> {
+    let output = cluster.try_kubectl(&["exec", pod, "--", "curl", "-sS", "--fail", "-m", "5", url]);
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+}
+
 #[test]
 fn a_first_session_with_kubectl() {
     let mut cluster = Cluster::start(&[]);
@@ -56,7 +66,7 @@ fn a_first_session_with_kubectl() {
         cluster.fetch_from_neighbour(&format!("http://{NODE_ADDRESS}:30080/"))
     });
 
-    // From inside another pod, by name.
+    // From inside another pod, by name and at the node port.
     cluster.kubectl(&[
         "run",
         "client",
@@ -67,20 +77,9 @@ fn a_first_session_with_kubectl() {
         "3600",
     ]);
     cluster.wait_pod_ready("client");
-    for url in [
-        "http://web/",
-        "http://web.default.svc.cluster.local/",
-        &format!("http://{NODE_ADDRESS}:30080/"),
-    ] {
-        all_answer(&format!("{url} from a pod"), &names, || {
-            let output = cluster
-                .try_kubectl(&["exec", "client", "--", "wget", "-q", "-T", "5", "-O", "-", url]);
-            if output.status.success() {
-                Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-            } else {
-                Err(String::from_utf8_lossy(&output.stderr).into_owned())
-            }
-        });
+    let node_port = format!("http://{NODE_ADDRESS}:30080/");
+    for url in ["http://web/", "http://web.default.svc.cluster.local/", &node_port] {
+        all_answer(&format!("{url} from a pod"), &names, || fetch_in_pod(&cluster, "client", url));
     }
 
     // A pod behind its own Service.
@@ -91,23 +90,9 @@ fn a_first_session_with_kubectl() {
     cluster.wait_pod_ready("self");
     cluster.kubectl(&["expose", "pod", "self", "--port=80", "--target-port=8080"]);
     wait_for("a pod to reach itself through its Service", DEADLINE, || {
-        let output = cluster.try_kubectl(&[
-            "exec",
-            "self",
-            "--",
-            "wget",
-            "-q",
-            "-T",
-            "5",
-            "-O",
-            "-",
-            "http://self/",
-        ]);
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        if text == "own\n" {
-            Ok(())
-        } else {
-            Err(format!("{text}{}", String::from_utf8_lossy(&output.stderr)))
+        match fetch_in_pod(&cluster, "self", "http://self/")?.as_str() {
+            "own\n" => Ok(()),
+            other => Err(other.to_owned()),
         }
     });
 
@@ -273,7 +258,7 @@ spec:
         ("grep Seccomp: /proc/self/status | tr -d '\\t '", "Seccomp:2".to_owned()),
         ("grep NoNewPrivs /proc/self/status | tr -d '\\t '", "NoNewPrivs:1".to_owned()),
         ("hostname", "p".to_owned()),
-        ("grep -c \"$(hostname)\" /etc/hosts", "1".to_owned()),
+        ("grep -cw \"$(hostname)\" /etc/hosts", "1".to_owned()),
         ("echo $KUBERNETES_SERVICE_HOST:$KUBERNETES_SERVICE_PORT", "10.96.0.1:443".to_owned()),
         ("cat /var/run/secrets/kubernetes.io/serviceaccount/namespace", "default".to_owned()),
         (
