@@ -94,9 +94,9 @@ fn purge(path: &Path) -> std::io::Result<bool> {
         Err(error) => return Err(error),
     };
     if metadata.is_dir() {
-        fs::remove_dir_all(path)?
+        fs::remove_dir_all(path)?;
     } else {
-        fs::remove_file(path)?
+        fs::remove_file(path)?;
     }
     Ok(true)
 }

@@ -21,6 +21,9 @@ pub fn write_busybox_archive(path: &Path, name: &str) {
     for program in String::from_utf8_lossy(&list.stdout).lines().filter(|p| *p != "busybox") {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(program)).expect("link");
     }
+    // A statically linked busybox crashes when it looks up names: the client is curl with its
+    // libraries.
+    copy_with_libraries(Path::new("/usr/bin/curl"), &root);
     std::fs::write(
         root.join("etc/passwd"),
         "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/:/bin/sh\n",

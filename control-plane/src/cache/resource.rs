@@ -205,7 +205,6 @@ impl ResourceCache {
         });
     }
 
-    #[expect(clippy::type_complexity, reason = "the parts of one event, named where it is made")]
     fn change(
         &self,
         revision: Revision,

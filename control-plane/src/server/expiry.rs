@@ -23,7 +23,7 @@ pub(crate) async fn run(core: Arc<Core>, keep: Duration) {
             if core.shutdown.is_cancelled() {
                 return;
             }
-            if !last_seen(&event).is_some_and(|seen| seen < limit) {
+            if last_seen(&event).is_none_or(|seen| seen >= limit) {
                 continue;
             }
             match core.remove(&resource, &event, revision_of(&event)).await {
