@@ -134,7 +134,6 @@ pub async fn run_with_registry(
     // All sockets belong to the network namespace of the thread that opens them: a caller which
     // wants another one runs this on a runtime of a single thread inside it.
     check_kernel()?;
-    sysctl::apply(&config.conntrack);
     let metrics = Metrics::register(&registry)?;
     let mut tables = Vec::new();
     for family in &config.families {
@@ -149,6 +148,9 @@ pub async fn run_with_registry(
             None
         }
     };
+    // After the kernel has got what tracks connections for the above: its settings are not there
+    // before.
+    sysctl::apply(&config.conntrack);
     let health = Health::default();
     let mut tasks = JoinSet::new();
 

@@ -10,7 +10,7 @@ mod fixture;
 
 use std::{path::Path, time::Duration};
 
-use fixture::{Node, in_namespaces, until};
+use fixture::{Node, in_cgroup, in_namespaces, until};
 use keelson_runtime_shim::{PodRuntime, runtime::*};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -238,7 +238,8 @@ fn what_is_asked_for_is_enforced() {
             mknod /disk b 7 0; ls /disk; cat /disk || echo no device; \
             cat /dev/zero | head -c 3 | wc -c; touch /sys/x || echo no sys; \
             echo 1 > /proc/sys/net/ipv4/ip_forward || echo no proc; \
-            ls /sys/fs/cgroup; echo 1 > /sys/fs/cgroup/memory/memory.limit_in_bytes || echo no cgroup; \
+            cat /proc/self/cgroup; for f in /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max; do \
+            test ! -e $f || echo 1 > $f || echo no cgroup; done; \
             unshare -n true || echo no unshare; df /dev/shm | tail -1; ls /proc | grep -c '^[0-9]'";
         let plain = node.container(&pod, "plain", script, |_| {}).await;
         node.runtime.start_container(&plain).await.unwrap();
@@ -249,6 +250,8 @@ fn what_is_asked_for_is_enforced() {
             "uid=0",
             "no mount",
             "no device",
+            // The device rules say so, not the lack of a device.
+            "can't open '/disk': Operation not permitted",
             "F /disk",
             " 3\n",
             "no sys",
@@ -366,6 +369,22 @@ fn privileges_mounts_and_limits_are_given_as_asked() {
             })
             .await;
         node.runtime.start_container(&limited).await.unwrap();
+        let pid = node.runtime.container_status(&limited).await.unwrap().pid.unwrap();
+        let expected = [
+            ("cpu", "cpu.shares", "cpu.weight", "512", "59"),
+            ("cpu", "cpu.cfs_quota_us", "cpu.max", "20000", "20000 100000"),
+            ("memory", "memory.limit_in_bytes", "memory.max", "67108864", "67108864"),
+            ("pids", "pids.max", "pids.max", "50", "50"),
+        ];
+        let check = |when: &str| {
+            for (controller, v1, v2, expected_v1, expected_v2) in expected {
+                let value = in_cgroup(pid, controller, v1, v2);
+                assert!(value == expected_v1 || value == expected_v2, "{when}: {v2}: {value}");
+            }
+        };
+        check("after the start");
+        node.runtime.update_container_resources(&limited, &limits).await.unwrap();
+        check("after a change to the same");
         let memory = || async {
             let stats = node.runtime.list_pod_sandbox_stats().await.unwrap();
             stats[0].containers.iter().find(|c| c.id == limited).unwrap().usage.memory_limit

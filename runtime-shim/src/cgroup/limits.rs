@@ -52,10 +52,20 @@ impl Cgroups {
     }
 }
 
-/// The weight of version 2 for shares of version 1: 2 to 262144 becomes 1 to 10000, as Kubernetes
-/// documents the conversion for cgroup v2.
+/// The weight of version 2 for shares of version 1: 2, 1024 and 262144 become 1, 100 and 10000, on a
+/// curve that container runtimes agree on (Kubernetes' KEP-2254, runc since 1.3.2), libcontainer too:
+/// a change of a running container's limits gives what its start gave.
+#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // all in range
 fn weight(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
+    match shares {
+        0..=2 => 1,
+        262_144.. => 10_000,
+        _ => {
+            let log = (shares as f64).log2();
+            let power = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            (10_f64.powf(power).ceil() as u64).clamp(1, 10_000)
+        }
+    }
 }
 
 fn plan(resources: &LinuxResources, v2: bool, swap_accounting: bool) -> Vec<Write> {
@@ -74,10 +84,14 @@ fn plan(resources: &LinuxResources, v2: bool, swap_accounting: bool) -> Vec<Writ
     let period = resources.cpu_period.filter(|n| *n > 0);
     let quota = resources.cpu_quota.filter(|n| *n != 0);
     if v2 {
-        if period.is_some() || quota.is_some() {
-            let value =
-                format!("{} {}", quota.map_or("max".into(), limit), period.unwrap_or(100_000));
-            write("cpu", "cpu.max", value);
+        match (quota, period) {
+            (Some(quota), Some(period)) => {
+                write("cpu", "cpu.max", format!("{} {period}", limit(quota)));
+            }
+            // The kernel keeps the period then.
+            (Some(quota), None) => write("cpu", "cpu.max", limit(quota)),
+            (None, Some(period)) => write("cpu", "cpu.max", format!("max {period}")),
+            (None, None) => {}
         }
     } else {
         if let Some(period) = period {
@@ -90,7 +104,10 @@ fn plan(resources: &LinuxResources, v2: bool, swap_accounting: bool) -> Vec<Writ
     if let Some(bytes) = resources.memory_limit.filter(|n| *n != 0) {
         if v2 {
             write("memory", "memory.max", limit(bytes));
-            write("memory", "memory.swap.max", if bytes < 0 { "max".into() } else { "0".into() });
+            if swap_accounting {
+                let swap = if bytes < 0 { "max" } else { "0" };
+                write("memory", "memory.swap.max", swap.to_owned());
+            }
         } else {
             write("memory", "memory.limit_in_bytes", bytes.max(-1).to_string());
             if swap_accounting {
@@ -146,7 +163,7 @@ mod tests {
         assert_eq!(
             files(&resources, true),
             own(&[
-                ("cpu.weight", "39"),
+                ("cpu.weight", "100"),
                 ("cpu.max", "50000 100000"),
                 ("memory.max", "1048576"),
                 ("memory.swap.max", "0"),
@@ -165,10 +182,26 @@ mod tests {
             ])
         );
         assert!(files(&LinuxResources::default(), true).is_empty());
+
+        // Without accounting for swap there is no file to write.
+        let resources = LinuxResources { memory_limit: Some(5), ..LinuxResources::default() };
+        for (v2, file) in [(true, "memory.max"), (false, "memory.limit_in_bytes")] {
+            let writes: Vec<_> = plan(&resources, v2, false).into_iter().map(|w| w.file).collect();
+            assert_eq!(writes, [file]);
+        }
+
+        // A quota alone leaves the period.
+        let resources = LinuxResources { cpu_quota: Some(7000), ..LinuxResources::default() };
+        assert_eq!(files(&resources, true), own(&[("cpu.max", "7000")]));
     }
 
     #[test]
     fn shares_become_weights_over_the_whole_range() {
-        assert_eq!((weight(0), weight(2), weight(1024), weight(262_144)), (1, 1, 39, 10_000));
+        for (shares, expected) in
+            [(0, 1), (2, 1), (512, 59), (1024, 100), (262_144, 10_000), (u64::MAX, 10_000)]
+        {
+            assert_eq!(weight(shares), expected, "{shares}");
+        }
+        assert!((2..5000).all(|shares| weight(shares) <= weight(shares + 1)));
     }
 }

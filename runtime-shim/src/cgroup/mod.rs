@@ -58,10 +58,19 @@ impl Cgroups {
         self.v2
     }
 
-    /// Whether version 1 accounts for swap.
+    /// Whether swap is accounted for, so that it can be limited. A kernel may be built or started
+    /// without it.
     pub(crate) fn has_swap_accounting(&self) -> bool {
-        self.controller("memory")
-            .is_some_and(|h| h.mount.join("memory.memsw.limit_in_bytes").exists())
+        let Some(memory) = self.controller("memory") else { return false };
+        if !self.v2 {
+            return memory.mount.join("memory.memsw.limit_in_bytes").exists();
+        }
+        // The root of version 2 has no limits, its children do: one with a limit for memory shows
+        // whether there is one for swap.
+        let mut children = fs::read_dir(&memory.mount).into_iter().flatten().flatten();
+        children
+            .find(|child| child.path().join("memory.max").exists())
+            .is_none_or(|child| child.path().join("memory.swap.max").exists())
     }
 
     fn controller(&self, name: &str) -> Option<&Hierarchy> {

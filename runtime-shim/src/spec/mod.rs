@@ -59,7 +59,7 @@ pub(crate) struct Host {
     pub(crate) architecture: String,
     /// One cgroup tree for all controllers.
     pub(crate) cgroup_v2: bool,
-    /// Cgroups of version 1 account for swap too.
+    /// Swap is accounted for, and can be limited.
     pub(crate) swap_accounting: bool,
     /// The capabilities that the runtime can hand out.
     pub(crate) capabilities: BTreeSet<&'static str>,

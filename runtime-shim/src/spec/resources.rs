@@ -108,7 +108,7 @@ fn limits(resources: &LinuxResources, host: &Host) -> Result<Map<String, Value>,
         let mut memory = json!({"limit": limit});
         // Kubernetes' default is that a container swaps nothing: memory and swap together are
         // limited to what memory is.
-        if host.cgroup_v2 || host.swap_accounting {
+        if host.swap_accounting {
             memory["swap"] = json!(limit);
         }
         plan.insert("memory".into(), memory);

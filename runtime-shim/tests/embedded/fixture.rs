@@ -77,10 +77,39 @@ fn cgroup_of(pid: u32) -> String {
     format!("keelson-test-{pid}")
 }
 
+/// Where a cgroup may be: in each tree of version 1, and in the only one of version 2.
+fn cgroup_folders(cgroup: &str) -> Vec<PathBuf> {
+    let top = Path::new("/sys/fs/cgroup");
+    let trees = std::fs::read_dir(top).unwrap().flatten().map(|tree| tree.path());
+    std::iter::once(top.to_owned()).chain(trees).map(|tree| tree.join(cgroup)).collect()
+}
+
+/// What a file of a process's cgroup says, of version 1 (in its controller's tree) or 2.
+pub(crate) fn in_cgroup(pid: i32, controller: &str, v1: &str, v2: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let top = Path::new("/sys/fs/cgroup");
+    let below = |path: &str| path.trim_start_matches('/').to_owned();
+    let file = if top.join("cgroup.controllers").exists() {
+        let path = text.lines().find_map(|line| line.strip_prefix("0::")).unwrap();
+        top.join(below(path)).join(v2)
+    } else {
+        let mut trees = text.lines().filter_map(|line| {
+            let (tree, path) = line.split_once(':')?.1.split_once(':')?;
+            Some((tree.to_owned(), path.to_owned()))
+        });
+        let (tree, path) =
+            trees.find(|(tree, _)| tree.split(',').any(|name| name == controller)).unwrap();
+        top.join(tree).join(below(&path)).join(v1)
+    };
+    std::fs::read_to_string(&file)
+        .unwrap_or_else(|e| panic!("{}: {e}", file.display()))
+        .trim()
+        .into()
+}
+
 /// Kills and removes what a test that failed left in its cgroups.
 fn sweep(cgroup: &str) {
-    for tree in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
-        let top = tree.path().join(cgroup);
+    for top in cgroup_folders(cgroup) {
         let mut dirs = vec![top];
         let mut at = 0;
         while at < dirs.len() {
@@ -246,8 +275,7 @@ impl Node {
         assert!(!links.contains(" kl"), "{links}");
         let tables = Command::new("nft").args(["list", "tables"]).output().unwrap();
         assert!(tables.stdout.is_empty(), "{}", String::from_utf8_lossy(&tables.stdout));
-        for entry in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
-            let left = entry.path().join(&self.cgroup);
+        for left in cgroup_folders(&self.cgroup) {
             assert!(!left.exists(), "{}", left.display());
         }
     }
