@@ -197,10 +197,11 @@ async fn follow_pod_range(
             .flat_map(|text| text.split(','))
             .filter_map(|text| text.trim().parse().ok())
             .collect();
-        if !ranges.is_empty()
-            && let Err(error) = runtime.set_pod_ranges(&ranges).await
-        {
-            tracing::error!(?ranges, %error, "pods get no addresses");
+        if !ranges.is_empty() {
+            match runtime.set_pod_ranges(&ranges).await {
+                Ok(()) => warn_of_obstacles().await,
+                Err(error) => tracing::error!(?ranges, %error, "pods get no addresses"),
+            }
         }
         tokio::select! {
             changed = range.changed() => if changed.is_err() {
@@ -208,6 +209,14 @@ async fn follow_pod_range(
             },
             () = shutdown.cancelled() => return,
         }
+    }
+}
+
+/// Names what of the host's own set-up stands in the way of pods' packets.
+async fn warn_of_obstacles() {
+    let findings = tokio::task::spawn_blocking(keelson_runtime_shim::network::check).await;
+    for finding in findings.unwrap_or_default() {
+        tracing::warn!(effect = finding.effect, remedy = finding.remedy, "{}", finding.what);
     }
 }
 
