@@ -90,7 +90,7 @@ fn a_first_session_with_kubectl() {
     cluster.wait_pod_ready("self");
     cluster.kubectl(&["expose", "pod", "self", "--port=80", "--target-port=8080"]);
     wait_for("a pod to reach itself through its Service", DEADLINE, || {
-        match fetch_in_pod(&cluster, "self", "http://self/")?.as_str() {
+        match fetch_in_pod(&cluster, "self", "http://self.default.svc.cluster.local/")?.as_str() {
             "own\n" => Ok(()),
             other => Err(other.to_owned()),
         }
