@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use ipnet::IpNet;
-use keelson_proxy::{NodePortAddresses, ProxyConfig};
+use keelson_proxy::{DetectLocal, NodePortAddresses, ProxyConfig};
 
 use crate::{
     cli::ProxyArgs,
@@ -35,13 +35,16 @@ pub(crate) fn config(
     }
     let mut config = ProxyConfig::new(node_name);
     config.node_ips = node_ips;
-    config.cluster_cidrs = match &settings.cluster_cidr {
+    let ranges: Vec<IpNet> = match &settings.cluster_cidr {
         Some(text) => text
             .split(',')
             .map(|range| range.trim().parse().with_context(|| format!("clusterCIDR {range:?}")))
             .collect::<anyhow::Result<_>>()?,
         None => cluster_cidr.into_iter().collect(),
     };
+    if !ranges.is_empty() {
+        config.detect_local = DetectLocal::Ranges(ranges);
+    }
     if let Some(addresses) = &settings.node_port_addresses
         && addresses.iter().any(|a| a != "primary")
     {

@@ -11,10 +11,10 @@ use keelson_api::object::ObjectKey;
 use serde_json::json;
 
 use crate::{
-    ProxyConfig,
+    DetectLocal, ProxyConfig,
     model::{
         Family,
-        objects::{Service, Slice},
+        objects::{Place, Service, Slice},
         table::ServiceTable,
     },
     nftables::apply::Table,
@@ -67,7 +67,7 @@ fn slice(n: usize, endpoints: usize, version: usize) -> Option<Slice> {
         "addressType": "IPv4", "endpoints": endpoints, "ports": [{"port": 8080}],
     }))
     .ok()?;
-    Slice::read(&object, "here").0
+    Slice::read(&object, &Place { node: "here".into(), zone: None }).0
 }
 
 /// Loads so many Services of so many endpoints each, changes single endpoints, starts again, and
@@ -78,7 +78,8 @@ fn slice(n: usize, endpoints: usize, version: usize) -> Option<Slice> {
 pub fn measure(services: usize, endpoints: usize) -> Result<Measured, String> {
     let failed = |error: &dyn std::fmt::Display| error.to_string();
     let mut config = ProxyConfig::new("here");
-    config.cluster_cidrs.extend("10.244.0.0/16".parse::<ipnet::IpNet>());
+    config.detect_local =
+        DetectLocal::Ranges("10.244.0.0/16".parse::<ipnet::IpNet>().into_iter().collect());
     let open = || Table::open(crate::layout(&config, Family::V4)).map_err(|e| failed(&e));
     let mut table = open()?;
     table.remove().map_err(|e| failed(&e))?;

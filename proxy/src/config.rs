@@ -10,6 +10,49 @@ use serde::Serialize;
 
 use crate::model::Family;
 
+/// How rules are put into force.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// nftables, written over netlink.
+    #[default]
+    Nftables,
+    /// iptables, by `iptables-restore`.
+    Iptables,
+    /// Relays in this process, without any packet filter. Endpoints don't see clients' addresses.
+    Userspace,
+}
+
+impl Mode {
+    /// As it stands in `KubeProxyConfiguration` and on `/proxyMode`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+            Self::Userspace => "userspace",
+        }
+    }
+}
+
+/// How traffic of this node's pods is told from traffic of others (`detectLocalMode`). What comes
+/// to a cluster address from elsewhere is masqueraded, and pods may use addresses for the outside
+/// as if they were cluster addresses.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum DetectLocal {
+    /// Nothing is known to come from pods, so nothing is masqueraded for coming from elsewhere.
+    #[default]
+    Nothing,
+    /// Pods are those with a source address in these ranges: `clusterCIDR`.
+    Ranges(Vec<IpNet>),
+    /// The ranges are the node's own `spec.podCIDRs`, which the proxy waits for at its start.
+    NodeCidr,
+    /// Pods are behind this interface: `bridgeInterface`.
+    Interface(String),
+    /// Pods are behind interfaces whose names begin so: `interfaceNamePrefix`.
+    InterfacePrefix(String),
+}
+
 /// Which of the node's addresses answer on node ports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum NodePortAddresses {
@@ -63,17 +106,21 @@ pub struct ProxyConfig {
     pub node_name: String,
     /// The node's addresses, if they are known; else they come from its Node object.
     pub node_ips: Vec<IpAddr>,
+    /// How rules are put into force.
+    pub mode: Mode,
     /// Which families are served.
     #[serde(skip)]
     pub families: Vec<Family>,
-    /// Ranges of pods' addresses. What comes to a cluster address from elsewhere is masqueraded.
-    pub cluster_cidrs: Vec<IpNet>,
+    /// Which traffic comes from pods of this node or cluster.
+    pub detect_local: DetectLocal,
     /// Masquerades everything that is sent to a cluster address.
     pub masquerade_all: bool,
     /// The bit of the packet mark that says "masquerade", from 0 to 31.
     pub masquerade_bit: u8,
     /// Which of the node's addresses answer on node ports.
     pub node_port_addresses: NodePortAddresses,
+    /// Whether node ports are on loopback too. Only the iptables mode can, and only for IPv4.
+    pub localhost_node_ports: bool,
     /// The connection table.
     pub conntrack: ConntrackConfig,
     /// Where `/healthz` and `/livez` are served; `None` for nowhere.
@@ -88,11 +135,13 @@ impl ProxyConfig {
         Self {
             node_name: node_name.into(),
             node_ips: Vec::new(),
+            mode: Mode::default(),
             families: vec![Family::V4],
-            cluster_cidrs: Vec::new(),
+            detect_local: DetectLocal::default(),
             masquerade_all: false,
             masquerade_bit: 14,
             node_port_addresses: NodePortAddresses::Primary,
+            localhost_node_ports: true,
             conntrack: ConntrackConfig::default(),
             healthz_bind_address: Some(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 10256)),
             metrics_bind_address: Some(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 10249)),

@@ -14,11 +14,11 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use tokio::sync::mpsc;
 
 use crate::{
+    backend::Stale,
     metrics::Metrics,
     model::Protocol,
     nftables::{
         attribute::{Attributes, Header, Messages, Writer},
-        held::Stale,
         uapi::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR},
     },
 };

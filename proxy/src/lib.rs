@@ -18,6 +18,7 @@
 //! The rules stay when the proxy stops, so that Services answer while it is restarted or upgraded;
 //! [`cleanup`] removes them. `README.md` in this crate draws the packet's path.
 
+mod backend;
 mod config;
 mod conntrack;
 mod health;
@@ -43,13 +44,17 @@ use std::{io, net::SocketAddr, sync::Arc};
 use keelson_api::events::EventRecorder;
 use kube::Client;
 use prometheus::Registry;
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
-pub use config::{ConntrackConfig, NodePortAddresses, ProxyConfig};
+pub use config::{ConntrackConfig, DetectLocal, Mode, NodePortAddresses, ProxyConfig};
 pub use model::Family;
 
 use crate::{
+    backend::Backend,
     conntrack::Cleaner,
     health::{Health, Pages, Server},
     metrics::Metrics,
@@ -126,7 +131,7 @@ pub async fn run(
 /// # Errors
 /// As [`run`].
 pub async fn run_with_registry(
-    config: ProxyConfig,
+    mut config: ProxyConfig,
     client: Client,
     registry: Registry,
     shutdown: CancellationToken,
@@ -135,11 +140,18 @@ pub async fn run_with_registry(
     // wants another one runs this on a runtime of a single thread inside it.
     check_kernel()?;
     let metrics = Metrics::register(&registry)?;
-    let mut tables = Vec::new();
+    if config.detect_local == DetectLocal::NodeCidr {
+        let ranges = watches::pod_cidrs(client.clone(), &config.node_name, &shutdown).await;
+        let Some(ranges) = ranges else { return Ok(()) };
+        config.detect_local = DetectLocal::Ranges(ranges);
+    }
+    let mut backends: Vec<Box<dyn Backend>> = Vec::new();
+    let mut ports = Vec::new();
     for family in &config.families {
         let mut table = Table::open(layout(&config, *family)).map_err(kernel)?;
         table.probe().map_err(kernel)?;
-        tables.push(table);
+        ports.push(table.port());
+        backends.push(Box::new(table));
     }
     let conntrack = match Cleaner::start(metrics.clone()) {
         Ok(cleaner) => Some(cleaner),
@@ -171,7 +183,6 @@ pub async fn run_with_registry(
     }
 
     let (changes, queue) = mpsc::channel(watches::QUEUE);
-    let ports: Vec<u32> = tables.iter().map(Table::port).collect();
     let families = config.families.iter().map(|f| f.protocol_family()).collect();
     match Monitor::open(&ports, families) {
         Ok(monitor) => {
@@ -191,16 +202,13 @@ pub async fn run_with_registry(
         let _ = recorder.await;
     });
     tasks.spawn(watches::services(client.clone(), changes.clone(), shutdown.clone()));
-    tasks.spawn(watches::slices(
-        client.clone(),
-        config.node_name.clone(),
-        changes.clone(),
-        shutdown.clone(),
-    ));
-    tasks.spawn(watches::node(client, config.node_name.clone(), changes, shutdown.clone()));
+    let (place, placed) = watch::channel(None);
+    tasks.spawn(watches::slices(client.clone(), placed, changes.clone(), shutdown.clone()));
+    let node = config.node_name.clone();
+    tasks.spawn(watches::node(client, node, place, changes, shutdown.clone()));
 
     let reports = Reports { metrics, health, events, conntrack };
-    let proxier = Proxier::new(tables, &config.node_ips, reports);
+    let proxier = Proxier::new(backends, &config.node_ips, reports);
     let (ended, end) = tokio::sync::oneshot::channel();
     let runtime = tokio::runtime::Handle::current();
     std::thread::Builder::new()
@@ -246,7 +254,7 @@ fn kernel(error: impl std::fmt::Display) -> ProxyError {
 fn layout(config: &ProxyConfig, family: Family) -> Layout {
     Layout {
         family,
-        cluster_cidrs: config.cluster_cidrs.clone(),
+        detect_local: config.detect_local.clone(),
         masquerade_all: config.masquerade_all,
         masquerade_mark: config.masquerade_mark(),
         node_port_addresses: config.node_port_addresses.clone(),

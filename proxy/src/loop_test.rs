@@ -13,13 +13,13 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use crate::{
-    ProxyConfig,
+    DetectLocal, ProxyConfig,
     conntrack::Cleaner,
     health::Health,
     metrics::Metrics,
     model::{
         Family,
-        objects::{Service, Slice},
+        objects::{Place, Service, Slice},
     },
     netns::Namespace,
     nftables::{apply::Table, monitor::Monitor},
@@ -41,7 +41,7 @@ fn start(host: &Namespace) -> Running {
     let (monitored, metrics) = (queue.downgrade(), Metrics::register(&registry).unwrap());
     host.run(move || {
         let config = ProxyConfig {
-            cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+            detect_local: DetectLocal::Ranges(vec!["10.244.0.0/16".parse().unwrap()]),
             ..ProxyConfig::new("here")
         };
         let table = Table::open(crate::layout(&config, Family::V4)).unwrap();
@@ -49,7 +49,7 @@ fn start(host: &Namespace) -> Running {
         let health = Health::default();
         let reports = Reports { metrics, health, events: EventRecorder::discard(), conntrack };
         let port = table.port();
-        let proxier = Proxier::new(vec![table], &[[192, 0, 2, 1].into()], reports);
+        let proxier = Proxier::new(vec![Box::new(table)], &[[192, 0, 2, 1].into()], reports);
         std::thread::spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -99,7 +99,10 @@ fn slice(endpoints: &[u8]) -> ChangeKind {
         "metadata": {"name": "dns-1", "namespace": "d", "labels": {"kubernetes.io/service-name": "dns"},
             "annotations": {"endpoints.kubernetes.io/last-change-trigger-time": jiff::Timestamp::now().to_string()}},
         "ports": [{"port": 5353, "protocol": "UDP"}]});
-    let (slice, problems) = Slice::read(&serde_json::from_value(object).unwrap(), "here");
+    let (slice, problems) = Slice::read(
+        &serde_json::from_value(object).unwrap(),
+        &Place { node: "here".into(), zone: None },
+    );
     ChangeKind::Slice(ObjectKey::new("d", "dns-1"), slice, problems)
 }
 

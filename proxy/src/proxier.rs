@@ -20,14 +20,11 @@ use keelson_api::{
 use tokio::sync::mpsc;
 
 use crate::{
+    backend::{Applied, Backend, Forget, Goal},
     conntrack::Cleaner,
     health::Health,
     metrics::Metrics,
     model::{Family, Problem, table::ServiceTable},
-    nftables::{
-        apply::{Applied, Table},
-        held::Forget,
-    },
     ruleset::{
         Action, AddressSet, Frontend, Lane, Unit,
         desired::{Desired, ServiceRules},
@@ -52,7 +49,7 @@ pub(crate) struct Reports {
 
 /// The loop's state. All of it can be rebuilt from the API and the kernel.
 pub(crate) struct Proxier {
-    tables: Vec<Table>,
+    backends: Vec<Box<dyn Backend>>,
     families: Vec<Family>,
     objects: ServiceTable,
     desired: Desired,
@@ -85,12 +82,16 @@ struct Listed {
 }
 
 impl Proxier {
-    /// A loop over these tables, which knows of no Service yet. `node_ips` may be empty: then the
+    /// A loop over these backends, one for each family, which knows of no Service yet. `node_ips` may be empty: then the
     /// node's object tells.
-    pub(crate) fn new(tables: Vec<Table>, node_ips: &[IpAddr], reports: Reports) -> Self {
-        let families = tables.iter().map(Table::family).collect();
+    pub(crate) fn new(
+        backends: Vec<Box<dyn Backend>>,
+        node_ips: &[IpAddr],
+        reports: Reports,
+    ) -> Self {
+        let families = backends.iter().map(|backend| backend.family()).collect();
         let mut proxier = Self {
-            tables,
+            backends,
             families,
             objects: ServiceTable::default(),
             desired: Desired::default(),
@@ -144,8 +145,8 @@ impl Proxier {
         if self.look_again_at.is_some_and(|at| at <= now) {
             self.look_again_at = None;
             let again = std::mem::take(&mut self.look_again);
-            for table in &mut self.tables {
-                forget(table, &again);
+            for backend in &mut self.backends {
+                forget(&mut **backend, &again);
             }
         }
         if self.retry_at.is_some_and(|at| at <= now) {
@@ -226,8 +227,8 @@ impl Proxier {
     fn heard(&mut self, cause: &'static str) {
         // An overflow may have lost nothing but news that don't concern us: the generation tells.
         if cause == "overflow"
-            && let Some(table) = self.tables.first_mut()
-            && table.generation().ok().is_some_and(|now| Some(now) == self.generation)
+            && let Some(backend) = self.backends.first_mut()
+            && backend.generation().is_some_and(|now| Some(now) == self.generation)
         {
             return;
         }
@@ -289,24 +290,23 @@ impl Proxier {
         let mut units: Vec<Unit> = self.dirty.drain().collect();
         units.sort_unstable();
         let mut failed = false;
-        for table in &mut self.tables {
+        let goal = Goal { desired: &self.desired, objects: &self.objects };
+        for backend in &mut self.backends {
             let begin = Instant::now();
-            let family = table.family();
-            let result = if full {
-                table.synchronize(&self.desired)
-            } else {
-                table.apply(&units, &self.desired)
-            };
+            let family = backend.family();
+            let result = if full { backend.synchronize(goal) } else { backend.apply(&units, goal) };
             match result {
                 Ok(applied) => {
                     self.refused.extend(applied.refused.iter().map(|(unit, _)| *unit));
                     written(&self.reports, family, full, begin, &applied);
-                    self.reports.metrics.holds(family, table.held().len());
+                    self.reports.metrics.holds(family, backend.units());
                     refused(&self.reports, &self.objects, &self.desired, &applied);
-                    if let Some(cleaner) = &self.reports.conntrack {
+                    if let Some(cleaner) = &self.reports.conntrack
+                        && backend.tracks_connections()
+                    {
                         cleaner.forget(applied.aftermath.stale);
                     }
-                    forget(table, &applied.aftermath.forget);
+                    forget(&mut **backend, &applied.aftermath.forget);
                     if !applied.aftermath.forget.is_empty() {
                         // A packet that was under way may have been remembered after this look.
                         self.look_again_at.get_or_insert_with(|| Instant::now() + SECOND_LOOK);
@@ -333,7 +333,7 @@ impl Proxier {
         } else if self.retry_at.is_none() {
             self.retry_at = Some(Instant::now() + self.backoff.next_wait());
         }
-        self.generation = self.tables.first_mut().and_then(|table| table.generation().ok());
+        self.generation = self.backends.first_mut().and_then(|backend| backend.generation());
         self.settled();
     }
 
@@ -355,7 +355,7 @@ impl Proxier {
             let count = |lane| {
                 self.dropped.iter().filter(|f| f.family == *family && f.lane == lane).count() as i64
             };
-            metrics.without_local_endpoints(*family, count(Lane::Cluster), count(Lane::NodePort));
+            metrics.without_local_endpoints(*family, count(Lane::Address), count(Lane::NodePort));
         }
         self.reports.health.updated();
     }
@@ -383,10 +383,10 @@ fn report(events: &EventRecorder, objects: &ServiceTable, key: &ObjectKey, probl
     }
 }
 
-fn forget(table: &mut Table, forget: &[Forget]) {
-    let family = table.family();
+fn forget(backend: &mut dyn Backend, forget: &[Forget]) {
+    let family = backend.family();
     let own: Vec<Forget> = forget.iter().filter(|f| f.frontend.family == family).cloned().collect();
-    if let Err(error) = table.forget(&own) {
+    if let Err(error) = backend.forget(&own) {
         tracing::warn!(%error, "sticky clients may be sent to endpoints that are gone");
     }
 }

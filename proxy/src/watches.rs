@@ -6,6 +6,7 @@
 use std::{collections::HashSet, fmt::Debug, net::IpAddr, time::Instant};
 
 use futures::StreamExt;
+use ipnet::IpNet;
 use k8s_openapi::{
     api::{
         core::v1::{Node, Service as ApiService},
@@ -19,18 +20,21 @@ use kube::{
     runtime::{WatchStreamExt, watcher},
 };
 use serde::de::DeserializeOwned;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::model::{
     Problem,
-    objects::{HEADLESS, SERVICE_PROXY_NAME, Service, Slice},
+    objects::{HEADLESS, Place, SERVICE_PROXY_NAME, Service, Slice},
 };
 
 /// How many changes may wait for the loop before the watches wait too.
 pub(crate) const QUEUE: usize = 8_192;
 /// The cluster autoscaler's taint of nodes that it is about to delete.
 const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
+/// Which zone a node is in.
+const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// Something that the loop has to know.
 #[derive(Debug)]
@@ -83,45 +87,101 @@ pub(crate) async fn services(
     follow(Api::all(client), config, queue, shutdown, read, ChangeKind::Services).await;
 }
 
-/// Follows EndpointSlices, as the node called `node` sees them, until `shutdown`.
+/// Follows EndpointSlices, as they are seen from where the node is, until `shutdown`. Nothing is
+/// read before the node was looked for, since hints are for zones; when it turns out to be in
+/// another zone, all are read again.
 pub(crate) async fn slices(
     client: Client,
-    node: String,
+    mut place: watch::Receiver<Option<Place>>,
     queue: mpsc::Sender<Change>,
     shutdown: CancellationToken,
 ) {
     let labels = format!("!{SERVICE_PROXY_NAME},!{HEADLESS}");
-    let config = watcher::Config::default().labels(&labels);
-    let read = |key, object: Option<EndpointSlice>| {
-        let (slice, problems) = object.as_ref().map(|o| Slice::read(o, &node)).unwrap_or_default();
-        ChangeKind::Slice(key, slice, problems)
-    };
-    follow(Api::all(client), config, queue, shutdown, read, ChangeKind::Slices).await;
+    while !shutdown.is_cancelled() {
+        let known = tokio::select! {
+            known = place.wait_for(Option::is_some) => known.ok().and_then(|known| known.clone()),
+            () = shutdown.cancelled() => return,
+        };
+        let Some(here) = known else { return };
+        let config = watcher::Config::default().labels(&labels);
+        let read = |key, object: Option<EndpointSlice>| {
+            let read = object.as_ref().map(|o| Slice::read(o, &here));
+            let (slice, problems) = read.unwrap_or_default();
+            ChangeKind::Slice(key, slice, problems)
+        };
+        let turn = shutdown.child_token();
+        let _moved = turn.clone().drop_guard();
+        let follow =
+            follow(Api::all(client.clone()), config, queue.clone(), turn, read, ChangeKind::Slices);
+        tokio::select! {
+            () = follow => return,
+            moved = place.changed() => if moved.is_err() { return },
+        }
+    }
 }
 
-/// Follows the node's own object until `shutdown`.
+/// Follows the node's own object until `shutdown`, and tells `place` where it is.
 pub(crate) async fn node(
     client: Client,
     name: String,
+    place: watch::Sender<Option<Place>>,
     queue: mpsc::Sender<Change>,
     shutdown: CancellationToken,
 ) {
     let api: Api<Node> = Api::all(client);
     let mut stream = Box::pin(watcher::watch_object(api, &name).default_backoff());
     while let Some(next) = next(&mut stream, &shutdown).await {
-        let kind = match next {
-            Ok(Some(node)) => node_change(&node),
-            // Without its object nobody knows what should come here; keep on serving.
-            Ok(None) => continue,
+        let zone = match &next {
+            Ok(Some(node)) => node.metadata.labels.as_ref().and_then(|l| l.get(ZONE)).cloned(),
+            // Without its object nobody knows; what was known stays.
+            Ok(None) => place.borrow().as_ref().and_then(|here| here.zone.clone()),
             Err(error) => {
                 tracing::warn!(%error, node = name, "the node can't be watched; trying again");
                 continue;
             }
         };
-        if queue.send(kind.into()).await.is_err() {
+        let here = Some(Place { node: name.clone(), zone });
+        place.send_if_modified(|known| {
+            let moved = *known != here;
+            known.clone_from(&here);
+            moved
+        });
+        // Without its object nobody knows what should come here; keep on serving.
+        let Ok(Some(node)) = next else { continue };
+        if queue.send(node_change(&node).into()).await.is_err() {
             return;
         }
     }
+    // The slices are read as long as their watch goes on: it holds the place itself.
+}
+
+/// The ranges of a node's pods, once it has some; `None` if `shutdown` came first.
+pub(crate) async fn pod_cidrs(
+    client: Client,
+    name: &str,
+    shutdown: &CancellationToken,
+) -> Option<Vec<IpNet>> {
+    let api: Api<Node> = Api::all(client);
+    let mut stream = Box::pin(watcher::watch_object(api, name).default_backoff());
+    while let Some(next) = next(&mut stream, shutdown).await {
+        match next {
+            Ok(node) => {
+                let spec = node.and_then(|node| node.spec).unwrap_or_default();
+                let texts = spec.pod_cidrs.into_iter().flatten().chain(spec.pod_cidr);
+                let mut ranges: Vec<IpNet> = texts.filter_map(|text| text.parse().ok()).collect();
+                ranges.sort_unstable();
+                ranges.dedup();
+                if !ranges.is_empty() {
+                    return Some(ranges);
+                }
+                tracing::info!(node = name, "waiting for the node's pod ranges (spec.podCIDRs)");
+            }
+            Err(error) => {
+                tracing::warn!(%error, node = name, "the node can't be watched; trying again");
+            }
+        }
+    }
+    None
 }
 
 fn node_change(node: &Node) -> ChangeKind {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{
     Endpoint, Family, Protocol,
-    objects::{ServicePort, Slice, SliceEndpoint},
+    objects::{Hint, ServicePort, Slice, SliceEndpoint},
 };
 
 /// The endpoints of one service port in one family.
@@ -16,47 +16,36 @@ pub(crate) struct Eligible {
     pub(crate) local: Vec<Endpoint>,
     /// Those of either that may be on this node, and so may be their own client.
     pub(crate) hairpin: Vec<Endpoint>,
+    /// Which hints narrowed [`Self::cluster`] down.
+    pub(crate) topology: Topology,
 }
 
 impl Eligible {
     /// Chooses from all slices of a service. An endpoint that several slices name counts once.
     ///
     /// Ready endpoints are taken; where there are none, those that still serve while they
-    /// terminate (KEP-1669), on the node and in the cluster each for itself.
+    /// terminate (KEP-1669), on the node and in the cluster each for itself. Of the ready ones in
+    /// the cluster, those count that the slices' hints mean for this node or else for its zone, if
+    /// every ready endpoint has a hint and one is meant for here (KEP-2433, KEP-3015).
     pub(crate) fn of<'a>(
         slices: impl IntoIterator<Item = &'a Slice>,
         port: &ServicePort,
         family: Family,
     ) -> Self {
-        let mut endpoints: BTreeMap<Endpoint, SliceEndpoint> = BTreeMap::new();
-        for slice in slices.into_iter().filter(|slice| slice.family == family) {
-            for number in target_ports(slice, &port.name, port.protocol) {
-                for found in slice.endpoints.iter() {
-                    let endpoint = Endpoint { address: found.address, port: number };
-                    endpoints
-                        .entry(endpoint)
-                        .and_modify(|known| *known = merged(*known, *found))
-                        .or_insert(*found);
-                }
-            }
-        }
-        let choose = |among: fn(&SliceEndpoint) -> bool| {
-            let chosen = |wanted: fn(&SliceEndpoint) -> bool| -> Vec<Endpoint> {
-                endpoints
-                    .iter()
-                    .filter(|(_, state)| among(state) && wanted(state))
-                    .map(|(endpoint, _)| *endpoint)
-                    .collect()
-            };
-            let ready = chosen(|state| state.ready);
+        let endpoints = merged_endpoints(slices, port, family);
+        let chosen = |wanted: &dyn Fn(&SliceEndpoint) -> bool| -> Vec<Endpoint> {
+            endpoints.iter().filter(|(_, state)| wanted(state)).map(|(e, _)| *e).collect()
+        };
+        let or_draining = |ready: Vec<Endpoint>, among: fn(&SliceEndpoint) -> bool| {
             if ready.is_empty() {
-                chosen(|state| state.serving && state.terminating)
+                chosen(&|state| among(state) && state.serving && state.terminating)
             } else {
                 ready
             }
         };
-        let cluster = choose(|_| true);
-        let local = choose(|state| state.local);
+        let topology = Topology::of(endpoints.values());
+        let cluster = or_draining(chosen(&|state| state.ready && topology.admits(state)), |_| true);
+        let local = or_draining(chosen(&|state| state.ready && state.local), |state| state.local);
         let hairpin = endpoints
             .iter()
             .filter(|(endpoint, state)| {
@@ -66,8 +55,67 @@ impl Eligible {
             })
             .map(|(endpoint, _)| *endpoint)
             .collect();
-        Self { cluster, local, hairpin }
+        Self { cluster, local, hairpin, topology }
     }
+}
+
+/// Which hints decide.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Topology {
+    /// None: any endpoint will do.
+    #[default]
+    Anywhere,
+    /// Those that name this node.
+    Node,
+    /// Those that name this node's zone.
+    Zone,
+}
+
+impl Topology {
+    fn of<'a>(endpoints: impl Iterator<Item = &'a SliceEndpoint> + Clone) -> Self {
+        let ready = endpoints.filter(|endpoint| endpoint.ready);
+        let decides = |hint: fn(&SliceEndpoint) -> Hint| {
+            ready.clone().all(|endpoint| hint(endpoint) != Hint::Absent)
+                && ready.clone().any(|endpoint| hint(endpoint) == Hint::Here)
+        };
+        if decides(|endpoint| endpoint.node_hint) {
+            Self::Node
+        } else if decides(|endpoint| endpoint.zone_hint) {
+            Self::Zone
+        } else {
+            Self::Anywhere
+        }
+    }
+
+    /// Whether an endpoint is meant for clients here.
+    pub(crate) fn admits(self, endpoint: &SliceEndpoint) -> bool {
+        match self {
+            Self::Anywhere => true,
+            Self::Node => endpoint.node_hint == Hint::Here,
+            Self::Zone => endpoint.zone_hint == Hint::Here,
+        }
+    }
+}
+
+/// All endpoints of one service port, whatever their state, each once.
+pub(crate) fn merged_endpoints<'a>(
+    slices: impl IntoIterator<Item = &'a Slice>,
+    port: &ServicePort,
+    family: Family,
+) -> BTreeMap<Endpoint, SliceEndpoint> {
+    let mut endpoints: BTreeMap<Endpoint, SliceEndpoint> = BTreeMap::new();
+    for slice in slices.into_iter().filter(|slice| slice.family == family) {
+        for number in target_ports(slice, &port.name, port.protocol) {
+            for found in slice.endpoints.iter() {
+                let endpoint = Endpoint { address: found.address, port: number };
+                endpoints
+                    .entry(endpoint)
+                    .and_modify(|known| *known = merged(*known, *found))
+                    .or_insert(*found);
+            }
+        }
+    }
+    endpoints
 }
 
 /// Named ports may differ from slice to slice.
@@ -93,6 +141,16 @@ fn merged(a: SliceEndpoint, b: SliceEndpoint) -> SliceEndpoint {
         terminating: a.terminating && b.terminating,
         local: a.local || b.local,
         maybe_local: a.maybe_local || b.maybe_local,
+        node_hint: merged_hint(a.node_hint, b.node_hint),
+        zone_hint: merged_hint(a.zone_hint, b.zone_hint),
+    }
+}
+
+fn merged_hint(a: Hint, b: Hint) -> Hint {
+    match (a, b) {
+        (Hint::Here, _) | (_, Hint::Here) => Hint::Here,
+        (Hint::Elsewhere, _) | (_, Hint::Elsewhere) => Hint::Elsewhere,
+        (Hint::Absent, Hint::Absent) => Hint::Absent,
     }
 }
 
@@ -115,6 +173,52 @@ mod tests {
             terminating: state.2,
             local,
             maybe_local: local,
+            node_hint: Hint::Absent,
+            zone_hint: Hint::Absent,
+        }
+    }
+
+    #[test]
+    fn hints_decide_where_every_ready_endpoint_has_one_and_one_is_for_here() {
+        use Hint::{Absent, Elsewhere, Here};
+        type Case<'a> = (&'a str, &'a [(u8, Hint, Hint)], &'a [u8], Topology);
+        let table: &[Case<'_>] = &[
+            ("none", &[(1, Absent, Absent), (2, Absent, Absent)], &[1, 2], Topology::Anywhere),
+            ("zone", &[(1, Absent, Here), (2, Absent, Elsewhere)], &[1], Topology::Zone),
+            ("one without", &[(1, Absent, Here), (2, Absent, Absent)], &[1, 2], Topology::Anywhere),
+            ("none for here", &[(1, Elsewhere, Elsewhere)], &[1], Topology::Anywhere),
+            (
+                "the node before the zone",
+                &[(1, Elsewhere, Here), (2, Here, Here)],
+                &[2],
+                Topology::Node,
+            ),
+            (
+                "no node: the zone",
+                &[(1, Elsewhere, Here), (2, Elsewhere, Elsewhere)],
+                &[1],
+                Topology::Zone,
+            ),
+        ];
+        let port =
+            ServicePort { name: "web".into(), protocol: Protocol::Tcp, port: 80, node_port: None };
+        for (what, hints, cluster, topology) in table {
+            let mut endpoints: Vec<_> = hints
+                .iter()
+                .map(|(n, node_hint, zone_hint)| SliceEndpoint {
+                    node_hint: *node_hint,
+                    zone_hint: *zone_hint,
+                    ..endpoint(*n, READY, false)
+                })
+                .collect();
+            // What isn't ready needs no hint.
+            endpoints.push(endpoint(9, STARTING, false));
+            let found = Eligible::of(&[slice(8080, &endpoints)], &port, Family::V4);
+            assert_eq!(
+                (&last_bytes(&found.cluster)[..], found.topology),
+                (*cluster, *topology),
+                "{what}"
+            );
         }
     }
 

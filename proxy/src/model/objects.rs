@@ -5,6 +5,7 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use ipnet::IpNet;
 use jiff::Timestamp;
 use k8s_openapi::{
     api::{core::v1 as core, discovery::v1 as discovery},
@@ -57,7 +58,17 @@ pub(crate) struct Service {
     pub(crate) uid: String,
     /// Seconds since 1970: of two services that claim one address and port, the older has it.
     pub(crate) created: i64,
+    /// Cluster addresses, one of a family at the most.
     pub(crate) addresses: Vec<IpAddr>,
+    /// `externalIPs`, of the families that it has a cluster address of.
+    pub(crate) external_ips: Vec<IpAddr>,
+    /// Addresses of load balancers that hand packets on with their own address as the destination
+    /// (`ipMode: VIP`).
+    pub(crate) load_balancer_ips: Vec<IpAddr>,
+    /// Who may use the load balancers' addresses; `None` for everybody.
+    pub(crate) source_ranges: Option<Arc<[IpNet]>>,
+    /// Where load balancers ask whether this node has endpoints.
+    pub(crate) health_check_node_port: Option<u16>,
     pub(crate) ports: Vec<ServicePort>,
     pub(crate) internal_policy: TrafficPolicy,
     pub(crate) external_policy: TrafficPolicy,
@@ -82,15 +93,28 @@ impl Service {
         if texts.is_empty() || texts.iter().any(|t| t.is_empty() || t == "None") {
             return (None, problems);
         }
-        let mut addresses = Vec::new();
+        let mut addresses: Vec<IpAddr> = Vec::new();
         for text in texts {
-            match service_address(text) {
-                Ok(address) if !addresses.contains(&address) => addresses.push(address),
-                Ok(_) => {}
+            match usable_address(text) {
+                Ok(address) if !addresses.iter().any(|a| a.is_ipv4() == address.is_ipv4()) => {
+                    addresses.push(address);
+                }
+                Ok(address) => problems.push(Problem::new(
+                    "InvalidClusterIP",
+                    format!("cluster address {address} is not served: it is the second one of its family"),
+                )),
                 Err(why) => problems.push(Problem::new(
                     "InvalidClusterIP",
                     format!("cluster address {text:?} is not served: {why}"),
                 )),
+            }
+        }
+        for (family, address) in spec.ip_families.iter().flatten().zip(&addresses) {
+            if texts.len() == addresses.len() && family != Family::of(*address).as_str() {
+                problems.push(Problem::new(
+                    "KubeProxyIncorrectIPVersion",
+                    format!("cluster address {address} is not of the family {family} in ipFamilies; it is served as what it is"),
+                ));
             }
         }
         let external = matches!(spec.type_.as_deref(), Some("NodePort" | "LoadBalancer"));
@@ -101,17 +125,47 @@ impl Service {
                 Err(problem) => problems.push(problem),
             }
         }
-        for (what, there) in [
-            ("externalIPs", spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty())),
-            ("load balancer addresses", has_ingress(object)),
-        ] {
-            if there {
-                problems.push(Problem::new(
-                    "NotSupported",
-                    format!("{what} are not served yet; cluster addresses and node ports are"),
-                ));
+        let balanced = spec.type_.as_deref() == Some("LoadBalancer");
+        let mut outside = |what: &str, texts: &mut dyn Iterator<Item = &str>| {
+            let mut usable: Vec<IpAddr> = Vec::new();
+            for text in texts {
+                match external_address(text, &addresses) {
+                    Ok(address) if usable.contains(&address) => {}
+                    Ok(address) => usable.push(address),
+                    Err((reason, why)) => problems.push(Problem::new(
+                        reason,
+                        format!("{what} {text:?} is not served: {why}"),
+                    )),
+                }
             }
-        }
+            usable
+        };
+        let external_ips = outside(
+            "external address",
+            &mut spec.external_ips.iter().flatten().map(String::as_str),
+        );
+        let ingress = object
+            .status
+            .iter()
+            .filter_map(|status| status.load_balancer.as_ref()?.ingress.as_ref())
+            .flatten()
+            // `Proxy`: packets come with an address of the node as their destination.
+            .filter(|ingress| balanced && ingress.ip_mode.as_deref() != Some("Proxy"));
+        let load_balancer_ips =
+            outside("load balancer address", &mut ingress.filter_map(|i| i.ip.as_deref()));
+        let source_ranges =
+            spec.load_balancer_source_ranges.as_deref().filter(|r| balanced && !r.is_empty());
+        let source_ranges = source_ranges.map(|texts| read_ranges(texts, &mut problems));
+        let external_policy = TrafficPolicy::parse(
+            // External addresses may stand on a Service of any type.
+            spec.external_traffic_policy
+                .as_deref()
+                .filter(|_| external || !external_ips.is_empty()),
+        );
+        let health_check_node_port = spec
+            .health_check_node_port
+            .filter(|_| balanced && external_policy == TrafficPolicy::Local)
+            .and_then(port_number);
         let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
             spec.session_affinity_config
                 .as_ref()
@@ -124,23 +178,44 @@ impl Service {
             uid: object.metadata.uid.clone().unwrap_or_default(),
             created: created(&object.metadata),
             addresses,
+            external_ips,
+            load_balancer_ips,
+            source_ranges,
+            health_check_node_port,
             ports,
             internal_policy: TrafficPolicy::parse(spec.internal_traffic_policy.as_deref()),
-            external_policy: TrafficPolicy::parse(
-                spec.external_traffic_policy.as_deref().filter(|_| external),
-            ),
+            external_policy,
             affinity,
         };
         (Some(service), problems)
     }
 }
 
-fn has_ingress(object: &core::Service) -> bool {
-    object
-        .status
-        .as_ref()
-        .and_then(|s| s.load_balancer.as_ref()?.ingress.as_ref())
-        .is_some_and(|ingress| ingress.iter().any(|i| i.ip.is_some()))
+/// An address for the outside, which must be of a family that the Service has.
+fn external_address(text: &str, own: &[IpAddr]) -> Result<IpAddr, (&'static str, &'static str)> {
+    let address = usable_address(text).map_err(|why| ("InvalidExternalIP", why))?;
+    if own.iter().any(|a| a.is_ipv4() == address.is_ipv4()) {
+        Ok(address)
+    } else {
+        Err(("KubeProxyIncorrectIPVersion", "the Service has no cluster address of its family"))
+    }
+}
+
+/// Ranges of clients. One that can't be read admits nobody.
+fn read_ranges(texts: &[String], problems: &mut Vec<Problem>) -> Arc<[IpNet]> {
+    let mut ranges: Vec<IpNet> = Vec::new();
+    for text in texts {
+        match text.trim().parse::<IpNet>() {
+            Ok(range) => ranges.push(range.trunc()),
+            Err(_) => problems.push(Problem::new(
+                "InvalidSourceRange",
+                format!("loadBalancerSourceRanges has {text:?}, which is not a range of addresses and admits nobody"),
+            )),
+        }
+    }
+    ranges.sort_unstable();
+    ranges.dedup();
+    ranges.into()
 }
 
 fn created(metadata: &ObjectMeta) -> i64 {
@@ -154,9 +229,6 @@ fn service_port(port: &core::ServicePort, external: bool) -> Result<ServicePort,
     };
     let protocol = Protocol::parse(port.protocol.as_deref())
         .ok_or_else(|| refused(format!("protocol {:?} is not known", port.protocol)))?;
-    if protocol == Protocol::Sctp {
-        return Err(refused("SCTP is not supported yet".into()));
-    }
     let number = port_number(port.port).ok_or_else(|| refused("it is not a port number".into()))?;
     // 0 is how "none" looks on the wire.
     let node_port = match port.node_port.filter(|n| external && *n != 0) {
@@ -170,10 +242,6 @@ fn service_port(port: &core::ServicePort, external: bool) -> Result<ServicePort,
 
 fn port_number(number: i32) -> Option<u16> {
     u16::try_from(number).ok().filter(|n| *n != 0)
-}
-
-fn service_address(text: &str) -> Result<IpAddr, &'static str> {
-    usable_address(text)
 }
 
 /// An address that traffic may be sent to.
@@ -219,6 +287,44 @@ pub(crate) struct SliceEndpoint {
     pub(crate) local: bool,
     /// Whether it may run on this node: so too when its node isn't named.
     pub(crate) maybe_local: bool,
+    /// Whether its hints name this node.
+    pub(crate) node_hint: Hint,
+    /// Whether its hints name this node's zone.
+    pub(crate) zone_hint: Hint,
+}
+
+/// Whom an endpoint is meant for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Hint {
+    /// It doesn't say.
+    #[default]
+    Absent,
+    /// Clients here, among others.
+    Here,
+    /// Clients elsewhere.
+    Elsewhere,
+}
+
+impl Hint {
+    fn read<'a>(names: impl Iterator<Item = &'a str>, here: Option<&str>) -> Self {
+        let mut hint = Self::Absent;
+        for name in names {
+            if Some(name) == here {
+                return Self::Here;
+            }
+            hint = Self::Elsewhere;
+        }
+        hint
+    }
+}
+
+/// Where the proxy runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The node's name.
+    pub(crate) node: String,
+    /// Its label `topology.kubernetes.io/zone`.
+    pub(crate) zone: Option<String>,
 }
 
 /// What the proxy needs of an EndpointSlice.
@@ -233,11 +339,11 @@ pub(crate) struct Slice {
 }
 
 impl Slice {
-    /// Reads an EndpointSlice as the node called `node` sees it. `None` if it belongs to no
-    /// service or holds names, not addresses.
+    /// Reads an EndpointSlice as it is seen from `place`. `None` if it belongs to no service or
+    /// holds names, not addresses.
     pub(crate) fn read(
         object: &discovery::EndpointSlice,
-        node: &str,
+        place: &Place,
     ) -> (Option<Self>, Vec<Problem>) {
         let mut problems = Vec::new();
         let labels = object.metadata.labels.as_ref();
@@ -285,7 +391,7 @@ impl Slice {
             let Some(text) = endpoint.addresses.first() else { continue };
             match usable_address(text) {
                 Ok(address) if Family::of(address) == family => {
-                    endpoints.push(slice_endpoint(address, endpoint, node));
+                    endpoints.push(slice_endpoint(address, endpoint, place));
                 }
                 Ok(_) => problems.push(Problem::new(
                     "InvalidEndpointSlice",
@@ -317,11 +423,14 @@ impl Slice {
     }
 }
 
-fn slice_endpoint(address: IpAddr, endpoint: &discovery::Endpoint, node: &str) -> SliceEndpoint {
+fn slice_endpoint(address: IpAddr, endpoint: &discovery::Endpoint, place: &Place) -> SliceEndpoint {
     let conditions = endpoint.conditions.as_ref();
     // Absent means ready (discovery.k8s.io/v1, EndpointConditions).
     let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
-    let local = endpoint.node_name.as_deref() == Some(node);
+    let local = endpoint.node_name.as_deref() == Some(&place.node);
+    let hints = endpoint.hints.as_ref();
+    let nodes = hints.and_then(|h| h.for_nodes.as_deref()).unwrap_or_default();
+    let zones = hints.and_then(|h| h.for_zones.as_deref()).unwrap_or_default();
     SliceEndpoint {
         address,
         ready,
@@ -329,6 +438,8 @@ fn slice_endpoint(address: IpAddr, endpoint: &discovery::Endpoint, node: &str) -
         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
         local,
         maybe_local: local || endpoint.node_name.is_none(),
+        node_hint: Hint::read(nodes.iter().map(|n| n.name.as_str()), Some(&place.node)),
+        zone_hint: Hint::read(zones.iter().map(|z| z.name.as_str()), place.zone.as_deref()),
     }
 }
 
@@ -339,7 +450,8 @@ mod tests {
     use super::*;
 
     fn slice(value: serde_json::Value) -> (Option<Slice>, Vec<Problem>) {
-        Slice::read(&serde_json::from_value(value).unwrap(), "here")
+        let place = Place { node: "here".into(), zone: Some("a".into()) };
+        Slice::read(&serde_json::from_value(value).unwrap(), &place)
     }
 
     fn service(value: serde_json::Value) -> (Option<Service>, Vec<Problem>) {
@@ -374,6 +486,34 @@ mod tests {
     }
 
     #[test]
+    fn addresses_for_the_outside_are_those_of_families_that_it_has() {
+        let object = json!({
+            "metadata": {"name": "s", "namespace": "d"},
+            "spec": {
+                "type": "LoadBalancer", "clusterIP": "10.96.0.5", "externalTrafficPolicy": "Local",
+                "externalIPs": ["192.0.2.1", "fd00::1", "192.0.2.1", "127.0.0.1"],
+                "healthCheckNodePort": 30_100, "ports": [{"port": 80, "nodePort": 0}],
+                "loadBalancerSourceRanges": [" 198.51.100.9/24 ", "x"],
+            },
+            "status": {"loadBalancer": {"ingress": [
+                {"ip": "192.0.2.7"}, {"ip": "192.0.2.8", "ipMode": "Proxy"},
+                {"ip": "192.0.2.9", "ipMode": "VIP"}, {"hostname": "lb.example"},
+            ]}},
+        });
+        let (read, problems) = Service::read(&serde_json::from_value(object).unwrap());
+        let read = read.unwrap();
+        let texts = |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(texts(&read.external_ips), ["192.0.2.1"]);
+        assert_eq!(texts(&read.load_balancer_ips), ["192.0.2.7", "192.0.2.9"]);
+        assert_eq!(read.source_ranges.as_deref(), Some(&["198.51.100.0/24".parse().unwrap()][..]));
+        assert_eq!(read.health_check_node_port, Some(30_100));
+        assert_eq!(read.ports[0].node_port, None);
+        let reasons: Vec<_> = problems.iter().map(|p| p.reason).collect();
+        let expected = ["KubeProxyIncorrectIPVersion", "InvalidExternalIP", "InvalidSourceRange"];
+        assert_eq!(reasons, expected, "{problems:?}");
+    }
+
+    #[test]
     fn addresses_that_are_no_ones_are_refused() {
         for text in [
             "127.0.0.1",
@@ -400,7 +540,8 @@ mod tests {
             "metadata": {"name": "s-1", "namespace": "d", "labels": {"kubernetes.io/service-name": "s"}},
             "addressType": "IPv4", "ports": [{"name": "", "port": 80}, {"name": "all"}, {"name": "z", "port": 0}],
             "endpoints": [
-                {"addresses": ["10.0.0.1"], "nodeName": "here"},
+                {"addresses": ["10.0.0.1"], "nodeName": "here",
+                 "hints": {"forNodes": [{"name": "there"}], "forZones": [{"name": "b"}, {"name": "a"}]}},
                 {"addresses": ["10.0.0.2"], "conditions": {"ready": false, "serving": true, "terminating": true}},
                 {"addresses": ["127.0.0.1"]}, {"addresses": ["fd00::1"]}, {"addresses": []},
             ],
@@ -410,6 +551,8 @@ mod tests {
         assert_eq!(problems.len(), 3, "{problems:?}");
         let [first, second] = &read.endpoints[..] else { panic!("{:?}", read.endpoints) };
         assert!(first.ready && first.serving && !first.terminating && first.local);
+        assert_eq!((first.node_hint, first.zone_hint), (Hint::Elsewhere, Hint::Here));
+        assert_eq!((second.node_hint, second.zone_hint), (Hint::Absent, Hint::Absent));
         assert!(!second.ready && second.serving && second.terminating && second.maybe_local);
     }
 }

@@ -1,12 +1,17 @@
 //! All Services and their slices, and what each Service wants of the ruleset.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
 
+use ipnet::IpNet;
 use jiff::Timestamp;
 use keelson_api::object::ObjectKey;
 
 use super::{
-    Family, Problem,
+    Endpoint, Family, Problem,
     eligible::Eligible,
     objects::{Service, ServicePort, Slice, TrafficPolicy},
 };
@@ -90,22 +95,22 @@ impl ServiceTable {
         self.slices.get(owner)?.get(&slice.name)?.triggered
     }
 
-    /// What a Service wants of the ruleset; `None` if there is no such Service.
-    pub(crate) fn rules(
+    /// Each port of a Service in each of these families that it has a cluster address of, with its
+    /// endpoints; `None` if there is no such Service.
+    pub(crate) fn ports(
         &self,
         key: &ObjectKey,
         families: &[Family],
-    ) -> Option<(ServiceRules, Vec<Problem>)> {
+    ) -> Option<(Vec<PortPlan<'_>>, Vec<Problem>)> {
         let service = self.services.get(key)?;
         let slices = self.slices.get(key);
-        let mut rules = ServiceRules { created: service.created, ..ServiceRules::default() };
+        let mut plans = Vec::new();
         let mut problems = Vec::new();
         for address in &service.addresses {
             let family = Family::of(*address);
             if !families.contains(&family) {
                 continue;
             }
-            rules.addresses.push((AddressSet::ClusterAddresses, *address));
             for port in &service.ports {
                 let mut eligible =
                     Eligible::of(slices.iter().flat_map(|s| s.values()), port, family);
@@ -122,63 +127,186 @@ impl ServiceTable {
                         endpoints.truncate(ENDPOINTS_MAX);
                     }
                 }
-                let hairpin = eligible.hairpin.iter().map(|e| (AddressSet::Hairpin, e.address));
-                rules.addresses.extend(hairpin);
-                add_frontends(&mut rules, service, port, family, *address, &eligible);
+                plans.push(PortPlan { service, port, family, cluster_ip: *address, eligible });
             }
+        }
+        Some((plans, problems))
+    }
+
+    /// What a Service wants of the ruleset; `None` if there is no such Service.
+    pub(crate) fn rules(
+        &self,
+        key: &ObjectKey,
+        families: &[Family],
+    ) -> Option<(ServiceRules, Vec<Problem>)> {
+        let service = self.services.get(key)?;
+        let (plans, problems) = self.ports(key, families)?;
+        let mut rules = ServiceRules { created: service.created, ..ServiceRules::default() };
+        let addresses = service.addresses.iter().filter(|a| families.contains(&Family::of(**a)));
+        rules.addresses.extend(addresses.map(|a| (AddressSet::ClusterAddresses, *a)));
+        for plan in plans {
+            let hairpin = plan.eligible.hairpin.iter().map(|e| (AddressSet::Hairpin, e.address));
+            rules.addresses.extend(hairpin);
+            plan.add_frontends(&mut rules.frontends);
         }
         rules.addresses.sort_unstable();
         rules.addresses.dedup();
         Some((rules, problems))
     }
+
+    /// How many endpoints of a Service on this node are ready, as its health-check node port
+    /// tells: endpoints of several ports or families count once.
+    pub(crate) fn local_ready(&self, key: &ObjectKey) -> usize {
+        let slices = self.slices.get(key);
+        let ready = |family| {
+            let all = slices.iter().flat_map(|s| s.values()).filter(|s| s.family == family);
+            let local = all.flat_map(|s| s.endpoints.iter()).filter(|e| e.local && e.ready);
+            local.map(|endpoint| endpoint.address).collect::<BTreeSet<_>>().len()
+        };
+        ready(Family::V4).max(ready(Family::V6))
+    }
+
+    /// Every Service's health-check node port.
+    pub(crate) fn health_check_ports(&self) -> impl Iterator<Item = (&ObjectKey, u16)> {
+        self.services
+            .iter()
+            .filter_map(|(key, service)| Some((key, service.health_check_node_port?)))
+    }
+
+    /// The slices of a Service.
+    pub(crate) fn slices_of(&self, key: &ObjectKey) -> impl Iterator<Item = &Slice> {
+        self.slices.get(key).into_iter().flat_map(|slices| slices.values())
+    }
 }
 
-fn add_frontends(
-    rules: &mut ServiceRules,
-    service: &Service,
-    port: &ServicePort,
-    family: Family,
-    address: std::net::IpAddr,
-    eligible: &Eligible,
-) {
-    let frontend = |lane, address, port_number| Frontend {
-        family,
-        lane,
-        address,
-        protocol: port.protocol,
-        port: port_number,
-    };
-    let forward = |endpoints: &[super::Endpoint], masquerade| {
+/// One port of a Service in one family, and where its traffic may go.
+#[derive(Debug)]
+pub(crate) struct PortPlan<'a> {
+    pub(crate) service: &'a Service,
+    pub(crate) port: &'a ServicePort,
+    pub(crate) family: Family,
+    /// The Service's cluster address in this family.
+    pub(crate) cluster_ip: IpAddr,
+    pub(crate) eligible: Eligible,
+}
+
+impl PortPlan<'_> {
+    /// External addresses, which don't know source ranges.
+    pub(crate) fn external_ips(&self) -> impl Iterator<Item = IpAddr> {
+        self.service.external_ips.iter().copied().filter(|a| Family::of(*a) == self.family)
+    }
+
+    /// Load balancers' addresses.
+    pub(crate) fn load_balancer_ips(&self) -> impl Iterator<Item = IpAddr> {
+        self.service.load_balancer_ips.iter().copied().filter(|a| Family::of(*a) == self.family)
+    }
+
+    /// From where clients may use load balancers' addresses; `None` for anywhere. If the Service
+    /// names ranges, but none of this family, nobody may.
+    pub(crate) fn source_ranges(&self) -> Option<Arc<[IpNet]>> {
+        let ranges = self.service.source_ranges.as_ref()?;
+        let of_family = |range: &&IpNet| Family::of(range.addr()) == self.family;
+        if ranges.iter().filter(of_family).any(|range| range.prefix_len() == 0) {
+            return None;
+        }
+        if ranges.iter().all(|range| of_family(&range)) {
+            return Some(Arc::clone(ranges));
+        }
+        Some(ranges.iter().filter(of_family).copied().collect())
+    }
+
+    /// Where traffic to the cluster address may go.
+    pub(crate) fn internal(&self) -> &[Endpoint] {
+        match self.service.internal_policy {
+            TrafficPolicy::Cluster => &self.eligible.cluster,
+            TrafficPolicy::Local => &self.eligible.local,
+        }
+    }
+
+    /// Whether there is any endpoint at all; without one traffic is rejected and not dropped.
+    pub(crate) fn has_endpoints(&self) -> bool {
+        !(self.eligible.cluster.is_empty() && self.eligible.local.is_empty())
+    }
+
+    fn forward(&self, endpoints: &[Endpoint], masquerade: Masquerade) -> Action {
         if !endpoints.is_empty() {
-            Action::Forward { endpoints: endpoints.into(), masquerade, affinity: service.affinity }
-        } else if eligible.cluster.is_empty() && eligible.local.is_empty() {
-            Action::Reject
-        } else {
+            Action::Forward {
+                endpoints: endpoints.into(),
+                masquerade,
+                affinity: self.service.affinity,
+                sources: None,
+            }
+        } else if self.has_endpoints() {
             // Somebody else's load balancer or node has an endpoint: a try there may succeed.
             Action::Drop
+        } else {
+            Action::Reject
         }
-    };
-    let inside = match service.internal_policy {
-        TrafficPolicy::Cluster => &eligible.cluster,
-        TrafficPolicy::Local => &eligible.local,
-    };
-    rules.frontends.push((
-        frontend(Lane::Cluster, Some(address), port.port),
-        forward(inside, Masquerade::OffCluster),
-    ));
-    let Some(node_port) = port.node_port else { return };
-    // With `externalTrafficPolicy: Local` the policy doesn't count for clients inside the cluster:
-    // their address is known wherever the endpoint is.
-    let (outside, inside) = match service.external_policy {
-        TrafficPolicy::Cluster => (forward(&eligible.cluster, Masquerade::Always), Action::Nothing),
-        TrafficPolicy::Local if eligible.cluster.is_empty() => {
-            (forward(&eligible.local, Masquerade::Never), Action::Nothing)
+    }
+
+    /// What happens to traffic to an address for the outside: from anywhere, and from inside.
+    ///
+    /// With `externalTrafficPolicy: Local` the policy doesn't count for clients inside the
+    /// cluster: their address is known wherever the endpoint is.
+    fn external(&self) -> (Action, Action) {
+        let cluster = &self.eligible.cluster;
+        match self.service.external_policy {
+            TrafficPolicy::Cluster => (self.forward(cluster, Masquerade::Always), Action::Nothing),
+            TrafficPolicy::Local => {
+                let outside = self.forward(&self.eligible.local, Masquerade::Never);
+                let inside = if cluster.is_empty() {
+                    Action::Nothing
+                } else {
+                    self.forward(cluster, Masquerade::OffCluster)
+                };
+                (outside, inside)
+            }
         }
-        TrafficPolicy::Local => (
-            forward(&eligible.local, Masquerade::Never),
-            forward(&eligible.cluster, Masquerade::OffCluster),
-        ),
-    };
-    rules.frontends.push((frontend(Lane::NodePort, None, node_port), outside));
-    rules.frontends.push((frontend(Lane::NodePortInside, None, node_port), inside));
+    }
+
+    fn add_frontends(&self, frontends: &mut Vec<(Frontend, Action)>) {
+        let frontend = |lane, address, port| Frontend {
+            family: self.family,
+            lane,
+            address,
+            protocol: self.port.protocol,
+            port,
+        };
+        let port = self.port.port;
+        frontends.push((
+            frontend(Lane::Address, Some(self.cluster_ip), port),
+            self.forward(self.internal(), Masquerade::OffCluster),
+        ));
+        let (outside, inside) = self.external();
+        let mut seen = vec![self.cluster_ip];
+        let mut add = |address: IpAddr, sources: Option<Arc<[IpNet]>>| {
+            if seen.contains(&address) {
+                return;
+            }
+            seen.push(address);
+            frontends.push((
+                frontend(Lane::Address, Some(address), port),
+                with_sources(&outside, sources.clone()),
+            ));
+            frontends.push((
+                frontend(Lane::AddressInside, Some(address), port),
+                with_sources(&inside, sources),
+            ));
+        };
+        let sources = self.source_ranges();
+        self.load_balancer_ips().for_each(|address| add(address, sources.clone()));
+        self.external_ips().for_each(|address| add(address, None));
+        if let Some(node_port) = self.port.node_port {
+            frontends.push((frontend(Lane::NodePort, None, node_port), outside));
+            frontends.push((frontend(Lane::NodePortInside, None, node_port), inside));
+        }
+    }
+}
+
+fn with_sources(action: &Action, from: Option<Arc<[IpNet]>>) -> Action {
+    let mut action = action.clone();
+    if let Action::Forward { sources, .. } = &mut action {
+        *sources = from;
+    }
+    action
 }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::{
     attribute::Attributes,
     batch::{Batch, Element, TABLE},
-    held::{Aftermath, Changes, Forget, Held, Next, affinity_seconds, read_choice},
+    held::{Changes, Held, Next, affinity_seconds, read_choice},
     layout::{self, DynamicChain, PickChain},
     observe::{Found, observe},
     rules::Layout,
@@ -16,6 +16,7 @@ use super::{
     },
 };
 use crate::{
+    backend::{Applied, Backend, BackendError, Forget, Goal},
     model::Family,
     ruleset::{Action, Unit, desired::Desired},
 };
@@ -28,19 +29,6 @@ pub(crate) struct Table {
     held: Held,
 }
 
-/// What came of writing.
-#[derive(Debug, Default)]
-pub(crate) struct Applied {
-    /// Elements removed or added.
-    pub(crate) elements: usize,
-    /// Whether the whole table was made anew, and why.
-    pub(crate) rebuilt: Option<String>,
-    /// What connections and clients still think of endpoints that are gone.
-    pub(crate) aftermath: Aftermath,
-    /// What the kernel refused; the old state of these stays, all others are written.
-    pub(crate) refused: Vec<(Unit, NftError)>,
-}
-
 impl Table {
     /// Opens a socket for the table; nothing is read or written yet.
     ///
@@ -50,27 +38,9 @@ impl Table {
         Ok(Self { socket: NftSocket::open()?, layout, held: Held::default() })
     }
 
-    /// Which family this table is for.
-    pub(crate) fn family(&self) -> Family {
-        self.layout.family
-    }
-
     /// The number by which the kernel names this table's socket in notifications.
     pub(crate) fn port(&self) -> u32 {
         self.socket.port()
-    }
-
-    /// The generation of the kernel's tables.
-    ///
-    /// # Errors
-    /// When the kernel doesn't say.
-    pub(crate) fn generation(&mut self) -> Result<u32, NftError> {
-        self.socket.generation()
-    }
-
-    /// What the table is known to hold.
-    pub(crate) fn held(&self) -> &Held {
-        &self.held
     }
 
     /// Reads what the kernel holds and writes the difference to what is desired, or the whole
@@ -223,7 +193,7 @@ impl Table {
             Ok(()) => {}
             Err(error) => match units {
                 [] => {}
-                [unit] => applied.refused.push((*unit, error)),
+                [unit] => applied.refused.push((*unit, error.into())),
                 _ => {
                     let (first, second) = units.split_at(units.len() / 2);
                     self.bisect(first, desired, applied);
@@ -325,6 +295,36 @@ impl Table {
             }
         }
         Ok(())
+    }
+}
+
+impl Backend for Table {
+    fn family(&self) -> Family {
+        self.layout.family
+    }
+
+    fn synchronize(&mut self, goal: Goal<'_>) -> Result<Applied, BackendError> {
+        Ok(self.synchronize(goal.desired)?)
+    }
+
+    fn apply(&mut self, units: &[Unit], goal: Goal<'_>) -> Result<Applied, BackendError> {
+        Ok(self.apply(units, goal.desired)?)
+    }
+
+    fn forget(&mut self, forget: &[Forget]) -> Result<(), BackendError> {
+        Ok(self.forget(forget)?)
+    }
+
+    fn generation(&mut self) -> Option<u32> {
+        self.socket.generation().ok()
+    }
+
+    fn units(&self) -> usize {
+        self.held.len()
+    }
+
+    fn remove(&mut self) -> Result<(), BackendError> {
+        Ok(self.remove()?)
     }
 }
 

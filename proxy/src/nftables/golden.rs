@@ -11,7 +11,7 @@ use super::{
     rules::Layout,
 };
 use crate::{
-    config::NodePortAddresses,
+    config::{DetectLocal, NodePortAddresses},
     model::{Family, Protocol},
     ruleset::{Frontend, Lane, Masquerade},
 };
@@ -19,7 +19,10 @@ use crate::{
 pub(super) fn layout(family: Family) -> Layout {
     Layout {
         family,
-        cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:10::/64".parse().unwrap()],
+        detect_local: DetectLocal::Ranges(vec![
+            "10.244.0.0/16".parse().unwrap(),
+            "fd00:10::/64".parse().unwrap(),
+        ]),
         masquerade_all: false,
         masquerade_mark: 0x4000,
         node_port_addresses: NodePortAddresses::Primary,
@@ -73,7 +76,7 @@ fn a_picking_chain() {
         let mut batch = Batch::new(family);
         for sticky in [false, true] {
             let pick = PickChain {
-                lane: Lane::Cluster,
+                lane: Lane::Address,
                 masquerade: Masquerade::OffCluster,
                 sticky,
                 count: 3,
@@ -108,7 +111,7 @@ fn the_static_part() {
 fn elements() {
     let frontend = Frontend {
         family: Family::V4,
-        lane: Lane::Cluster,
+        lane: Lane::Address,
         address: Some([10, 96, 0, 10].into()),
         protocol: Protocol::Udp,
         port: 53,

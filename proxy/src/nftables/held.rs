@@ -11,6 +11,7 @@ use super::{
     layout::{self, DynamicChain, PickChain},
 };
 use crate::{
+    backend::{Aftermath, Forget, Stale},
     model::{Endpoint, Family, Protocol},
     ruleset::{Action, AddressSet, Frontend, Lane, Unit, desired::Desired, slots},
 };
@@ -113,33 +114,6 @@ pub(crate) enum Next {
     Frontend(Frontend, Option<HeldFrontend>),
 }
 
-/// An endpoint that a frontend lost, or all of a frontend's past, for the connection table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Stale {
-    /// What the client connected to.
-    pub(crate) frontend: Frontend,
-    /// Where it was sent; `None` if nowhere, as there was no endpoint.
-    pub(crate) endpoint: Option<Endpoint>,
-}
-
-/// Remembered choices that don't count any more.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Forget {
-    /// What clients connected to.
-    pub(crate) frontend: Frontend,
-    /// Those of this endpoint, or all.
-    pub(crate) endpoint: Option<Endpoint>,
-}
-
-/// What is to be done about connections once a change is in the kernel.
-#[derive(Debug, Default)]
-pub(crate) struct Aftermath {
-    /// UDP connections that go on where they shouldn't.
-    pub(crate) stale: Vec<Stale>,
-    /// Remembered choices to forget.
-    pub(crate) forget: Vec<Forget>,
-}
-
 impl Held {
     /// Everything that is there.
     pub(crate) fn units(&self) -> impl Iterator<Item = Unit> + '_ {
@@ -234,20 +208,10 @@ pub(crate) fn affinity_seconds(action: &Action) -> Option<u32> {
 /// Reads an element of the affinity map: what the client connected to, and where it was sent.
 pub(crate) fn read_choice(family: Family, element: &Element) -> Option<(Frontend, Endpoint)> {
     let (_, rest) = read_address(element.key.as_slice(), family)?;
-    let (frontend, rest) = read_frontend(rest, family, Lane::Cluster)?;
+    let (frontend, rest) = read_frontend(rest, family, Lane::Address)?;
     let Data::Value(value) = &element.data else { return None };
     let endpoint = read_endpoint(value.as_slice(), family)?;
     rest.is_empty().then_some((frontend, endpoint))
-}
-
-impl Forget {
-    /// Whether this is about that choice.
-    pub(crate) fn concerns(&self, frontend: &Frontend, endpoint: Endpoint) -> bool {
-        self.frontend.protocol == frontend.protocol
-            && self.frontend.port == frontend.port
-            && self.frontend.address.is_none_or(|address| Some(address) == frontend.address)
-            && self.endpoint.is_none_or(|e| e == endpoint)
-    }
 }
 
 fn plan_frontend(
@@ -421,7 +385,7 @@ fn read_endpoint(bytes: &[u8], family: Family) -> Option<Endpoint> {
 
 /// Takes a frontend off the front of a key.
 fn read_frontend(bytes: &[u8], family: Family, lane: Lane) -> Option<(Frontend, &[u8])> {
-    let (address, rest) = if lane == Lane::Cluster {
+    let (address, rest) = if lane.with_address() {
         let (address, rest) = read_address(bytes, family)?;
         (Some(address), rest)
     } else {

@@ -16,6 +16,10 @@ pub(crate) const NODEPORT_ENDPOINTS: &str = "nodeport-endpoints";
 pub(crate) const NODEPORTS_INSIDE: &str = "nodeports-inside";
 /// `protocol . port . index → address . port`.
 pub(crate) const NODEPORT_INSIDE_ENDPOINTS: &str = "nodeport-inside-endpoints";
+/// `address . protocol . port → goto external-inside-N`.
+pub(crate) const SERVICES_INSIDE: &str = "services-inside";
+/// `address . protocol . port . index → address . port`.
+pub(crate) const INSIDE_ENDPOINTS: &str = "inside-endpoints";
 /// `address . protocol . port → goto reject-at-once`.
 pub(crate) const NO_ENDPOINTS: &str = "no-endpoints";
 /// `protocol . port → goto reject-at-once`.
@@ -57,11 +61,17 @@ pub(crate) struct LaneMaps {
 /// The maps in which a lane's traffic is looked up.
 pub(crate) fn lane_maps(lane: Lane) -> LaneMaps {
     match lane {
-        Lane::Cluster => LaneMaps {
+        Lane::Address => LaneMaps {
             verdicts: SERVICES,
             endpoints: ENDPOINTS,
             rejects: Some(NO_ENDPOINTS),
             sticky: Some(STICKY),
+        },
+        Lane::AddressInside => LaneMaps {
+            verdicts: SERVICES_INSIDE,
+            endpoints: INSIDE_ENDPOINTS,
+            rejects: None,
+            sticky: None,
         },
         Lane::NodePort => LaneMaps {
             verdicts: NODEPORTS,
@@ -144,8 +154,11 @@ impl DynamicChain {
 }
 
 /// Whose address is hidden is a matter of the chain, so that it costs no lookup.
-pub(super) const PREFIXES: [(Lane, Masquerade, &str); 4] = [
-    (Lane::Cluster, Masquerade::OffCluster, "endpoints-"),
+pub(super) const PREFIXES: [(Lane, Masquerade, &str); 7] = [
+    (Lane::Address, Masquerade::OffCluster, "endpoints-"),
+    (Lane::Address, Masquerade::Always, "external-"),
+    (Lane::Address, Masquerade::Never, "external-local-"),
+    (Lane::AddressInside, Masquerade::OffCluster, "external-inside-"),
     (Lane::NodePort, Masquerade::Always, "nodeport-"),
     (Lane::NodePort, Masquerade::Never, "nodeport-local-"),
     (Lane::NodePortInside, Masquerade::OffCluster, "nodeport-inside-"),

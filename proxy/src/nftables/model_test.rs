@@ -11,7 +11,7 @@ use super::{apply::Table, golden::layout};
 use crate::{
     model::{
         Family,
-        objects::{Service, Slice},
+        objects::{Place, Service, Slice},
         table::ServiceTable,
     },
     netns::Namespace,
@@ -230,7 +230,7 @@ impl Proxy {
                     "labels": {"kubernetes.io/service-name": n.to_string()}},
                 "addressType": "IPv4", "ports": [{"port": 8080}], "endpoints": endpoints,
             });
-            Slice::read(&serde_json::from_value(object).unwrap(), "here").0.unwrap()
+            Slice::read(&serde_json::from_value(object).unwrap(), &Place { node: "here".into(), zone: None }).0.unwrap()
         });
         let touched = self.objects.set_slice(&ObjectKey::new("d", format!("{n}-{part}")), slice);
         self.apply(&touched);

@@ -14,14 +14,12 @@ use std::{
 use keelson_api::object::ObjectKey;
 use serde_json::{Value, json};
 
-use super::{
-    apply::{Applied, Table},
-    golden::layout,
-};
+use super::{apply::Table, golden::layout};
 use crate::{
+    backend::Applied,
     model::{
         Family, Protocol,
-        objects::{Service, Slice},
+        objects::{Place, Service, Slice},
         table::ServiceTable,
     },
     netns::Namespace,
@@ -65,7 +63,10 @@ impl Proxy {
             self.objects.set_service(&key, service);
             vec![key]
         } else {
-            let (slice, problems) = Slice::read(&serde_json::from_value(object).unwrap(), "here");
+            let (slice, problems) = Slice::read(
+                &serde_json::from_value(object).unwrap(),
+                &Place { node: "here".into(), zone: None },
+            );
             assert_eq!(problems, []);
             self.objects.set_slice(&key, slice)
         };
@@ -411,7 +412,7 @@ fn what_the_kernel_refuses_keeps_nobody_else_out() {
     // A key of the wrong length, which no object can lead to.
     let bad = Frontend {
         family: Family::V4,
-        lane: Lane::Cluster,
+        lane: Lane::Address,
         address: Some(ip("fd00::1")),
         protocol: Protocol::Tcp,
         port: 80,

@@ -19,13 +19,13 @@ use super::{
     uapi::*,
 };
 use crate::{
-    config::NodePortAddresses,
+    config::{DetectLocal, NodePortAddresses},
     model::{Family, Protocol},
     ruleset::{Lane, Masquerade},
 };
 
 /// Grows when a release changes rules without changing their comments.
-const LAYOUT_VERSION: u32 = 1;
+const LAYOUT_VERSION: u32 = 2;
 /// `NF_IP_PRI_NAT_DST`.
 const PRIORITY_DSTNAT: i32 = -100;
 /// `NF_IP_PRI_NAT_SRC`.
@@ -60,8 +60,8 @@ mod types {
 pub(crate) struct Layout {
     /// Which table this is.
     pub(crate) family: Family,
-    /// Addresses of pods; what comes from elsewhere is masqueraded.
-    pub(crate) cluster_cidrs: Vec<IpNet>,
+    /// Which traffic comes from pods; what comes from elsewhere is masqueraded.
+    pub(crate) detect_local: DetectLocal,
     /// Masquerade everything that is sent to a cluster address.
     pub(crate) masquerade_all: bool,
     /// The mark of what is to be masqueraded.
@@ -92,6 +92,8 @@ impl Layout {
         vec![
             set(SERVICES, &with_address[..3], length + 8, MapData::Verdict),
             set(ENDPOINTS, &with_address, length + 12, endpoint),
+            set(SERVICES_INSIDE, &with_address[..3], length + 8, MapData::Verdict),
+            set(INSIDE_ENDPOINTS, &with_address, length + 12, endpoint),
             set(NODEPORTS, &without[..2], 8, MapData::Verdict),
             set(NODEPORT_ENDPOINTS, &without, 12, endpoint),
             set(NODEPORTS_INSIDE, &without[..2], 8, MapData::Verdict),
@@ -182,7 +184,7 @@ impl Layout {
     pub(crate) fn common_chains() -> impl Iterator<Item = DynamicChain> {
         (1..=COMMON_ENDPOINTS).map(|count| {
             DynamicChain::Pick(PickChain {
-                lane: Lane::Cluster,
+                lane: Lane::Address,
                 masquerade: Masquerade::OffCluster,
                 sticky: false,
                 count,
@@ -238,7 +240,7 @@ impl Layout {
             return Chain { name: chain.name(), hook: None, rules };
         }
         let map = lane_maps(chain.lane).endpoints;
-        let with_address = chain.lane == Lane::Cluster;
+        let with_address = chain.lane.with_address();
         let pick = |modulus| {
             let (mut steps, next) = self.frontend_key(with_address);
             steps.push(Expression::Random { to: next, modulus });
@@ -265,7 +267,11 @@ impl Layout {
     }
 
     fn cidrs(&self) -> impl Iterator<Item = &IpNet> {
-        self.cluster_cidrs.iter().filter(|net| Family::of(net.addr()) == self.family)
+        let ranges = match &self.detect_local {
+            DetectLocal::Ranges(ranges) => &ranges[..],
+            _ => &[],
+        };
+        ranges.iter().filter(|net| Family::of(net.addr()) == self.family)
     }
 
     fn address_length(&self) -> u32 {

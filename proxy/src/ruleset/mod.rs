@@ -7,7 +7,9 @@
 pub(crate) mod desired;
 pub(crate) mod slots;
 
-use std::{fmt, net::IpAddr, time::Duration};
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
+
+use ipnet::IpNet;
 
 use crate::model::{Endpoint, Family, Protocol};
 
@@ -17,18 +19,26 @@ use crate::model::{Endpoint, Family, Protocol};
 /// is a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Lane {
-    /// Cluster addresses, for everybody.
-    Cluster,
+    /// Addresses of Services, for everybody: cluster addresses, external ones, load balancers'.
+    Address,
+    /// Addresses for the outside, for clients from inside, where `externalTrafficPolicy: Local`
+    /// keeps those from outside on this node's endpoints.
+    AddressInside,
     /// Node ports, for clients from outside the cluster, and for all if there is no other lane.
     NodePort,
-    /// Node ports for clients from inside, where `externalTrafficPolicy: Local` keeps those from
-    /// outside on this node's endpoints.
+    /// Node ports for clients from inside, as with [`Self::AddressInside`].
     NodePortInside,
 }
 
 impl Lane {
     /// Every lane.
-    pub(crate) const ALL: [Self; 3] = [Self::Cluster, Self::NodePort, Self::NodePortInside];
+    pub(crate) const ALL: [Self; 4] =
+        [Self::Address, Self::AddressInside, Self::NodePort, Self::NodePortInside];
+
+    /// Whether its frontends have an address of their own.
+    pub(crate) fn with_address(self) -> bool {
+        matches!(self, Self::Address | Self::AddressInside)
+    }
 }
 
 /// What a client connects to.
@@ -77,6 +87,8 @@ pub(crate) enum Action {
         masquerade: Masquerade,
         /// How long a client stays with its endpoint.
         affinity: Option<Duration>,
+        /// From where clients may come; `None` for anywhere. All others are dropped.
+        sources: Option<Arc<[IpNet]>>,
     },
     /// It is dropped: there are endpoints, but none on this node, where the policy wants them.
     Drop,
@@ -90,7 +102,7 @@ pub(crate) enum Action {
 /// A set of addresses that rules look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum AddressSet {
-    /// Addresses of services: what is sent to them and belongs to no port is rejected.
+    /// Cluster addresses of Services: what is sent to them and belongs to no port is rejected.
     ClusterAddresses,
     /// Endpoints that may be their own client.
     Hairpin,
