@@ -80,7 +80,7 @@ pub fn measure(services: usize, endpoints: usize) -> Result<Measured, String> {
     let mut config = ProxyConfig::new("here");
     config.detect_local =
         DetectLocal::Ranges("10.244.0.0/16".parse::<ipnet::IpNet>().into_iter().collect());
-    let open = || Table::open(crate::layout(&config, Family::V4)).map_err(|e| failed(&e));
+    let open = || Table::open(crate::start::layout(&config, Family::V4)).map_err(|e| failed(&e));
     let mut table = open()?;
     table.remove().map_err(|e| failed(&e))?;
 

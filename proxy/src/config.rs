@@ -77,6 +77,10 @@ pub struct ConntrackConfig {
     pub tcp_close_wait_timeout: Option<Duration>,
     /// Takes TCP packets outside the window for valid.
     pub tcp_be_liberal: bool,
+    /// Whether TCP connections to endpoints that are gone are forgotten too, and not only UDP and
+    /// SCTP: then their clients get a reset at the next packet. Not a field of
+    /// `KubeProxyConfiguration`.
+    pub remove_stale_tcp: bool,
     /// How long an unanswered UDP flow is remembered.
     pub udp_timeout: Option<Duration>,
     /// How long an answered UDP flow is remembered.
@@ -92,6 +96,7 @@ impl Default for ConntrackConfig {
             tcp_established_timeout: Some(Duration::from_secs(24 * 3600)),
             tcp_close_wait_timeout: Some(Duration::from_secs(3600)),
             tcp_be_liberal: false,
+            remove_stale_tcp: false,
             udp_timeout: None,
             udp_stream_timeout: None,
         }
@@ -106,9 +111,12 @@ pub struct ProxyConfig {
     pub node_name: String,
     /// The node's addresses, if they are known; else they come from its Node object.
     pub node_ips: Vec<IpAddr>,
+    /// The node's main address (`bindAddress`), whose family must be served; none of it is listened
+    /// on.
+    pub bind_address: Option<IpAddr>,
     /// How rules are put into force.
     pub mode: Mode,
-    /// Which families are served.
+    /// Which families are served; empty for all that the kernel has.
     #[serde(skip)]
     pub families: Vec<Family>,
     /// Which traffic comes from pods of this node or cluster.
@@ -117,6 +125,10 @@ pub struct ProxyConfig {
     pub masquerade_all: bool,
     /// The bit of the packet mark that says "masquerade", from 0 to 31.
     pub masquerade_bit: u8,
+    /// How often rules are compared with the kernel's where the kernel doesn't tell of changes.
+    pub sync_period: Duration,
+    /// The shortest time between two commits.
+    pub min_sync_period: Duration,
     /// Which of the node's addresses answer on node ports.
     pub node_port_addresses: NodePortAddresses,
     /// Whether node ports are on loopback too. Only the iptables mode can, and only for IPv4.
@@ -127,6 +139,8 @@ pub struct ProxyConfig {
     pub healthz_bind_address: Option<SocketAddr>,
     /// Where `/metrics`, `/proxyMode` and `/configz` are served; `None` for nowhere.
     pub metrics_bind_address: Option<SocketAddr>,
+    /// Whether one of these that can't be had ends the proxy; else it is tried again and again.
+    pub bind_address_hard_fail: bool,
 }
 
 impl ProxyConfig {
@@ -135,21 +149,60 @@ impl ProxyConfig {
         Self {
             node_name: node_name.into(),
             node_ips: Vec::new(),
+            bind_address: None,
             mode: Mode::default(),
-            families: vec![Family::V4],
+            families: Vec::new(),
             detect_local: DetectLocal::default(),
             masquerade_all: false,
             masquerade_bit: 14,
+            sync_period: Duration::from_secs(30),
+            min_sync_period: Duration::ZERO,
             node_port_addresses: NodePortAddresses::Primary,
             localhost_node_ports: true,
             conntrack: ConntrackConfig::default(),
             healthz_bind_address: Some(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 10256)),
             metrics_bind_address: Some(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 10249)),
+            bind_address_hard_fail: false,
         }
     }
 
     /// The packet mark that says "masquerade".
     pub(crate) fn masquerade_mark(&self) -> u32 {
         1 << (self.masquerade_bit & 31)
+    }
+
+    /// The family that must be served; others may be missing from the kernel.
+    pub(crate) fn primary_family(&self) -> Family {
+        let known = self.bind_address.or_else(|| self.node_ips.first().copied());
+        known.map(Family::of).or_else(|| self.families.first().copied()).unwrap_or(Family::V4)
+    }
+
+    /// The families to serve, the primary one first.
+    pub(crate) fn wanted_families(&self) -> Vec<Family> {
+        let primary = self.primary_family();
+        let mut families = if self.families.is_empty() {
+            vec![Family::V4, Family::V6]
+        } else {
+            self.families.clone()
+        };
+        families.sort_by_key(|family| *family != primary);
+        families
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_family_of_the_nodes_main_address_comes_first() {
+        let mut config = ProxyConfig::new("n");
+        assert_eq!(config.wanted_families(), [Family::V4, Family::V6]);
+        config.node_ips = vec!["2001:db8::1".parse().unwrap(), "192.0.2.1".parse().unwrap()];
+        assert_eq!(config.wanted_families(), [Family::V6, Family::V4]);
+        config.bind_address = Some("192.0.2.1".parse().unwrap());
+        assert_eq!(config.wanted_families(), [Family::V4, Family::V6]);
+        config.families = vec![Family::V4];
+        assert_eq!(config.wanted_families(), [Family::V4]);
     }
 }

@@ -17,10 +17,12 @@ use prometheus::Registry;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::Metrics;
+use crate::{config::Mode, metrics::Metrics};
 
 /// A change that isn't written after so long means that the proxy is ill.
 const OVERDUE: Duration = Duration::from_secs(120);
+/// How long to wait before a port that is taken is tried again.
+const RETRY: Duration = Duration::from_secs(5);
 /// How many may be connected at a time.
 const CONNECTIONS: usize = 256;
 /// How long a client may take to say what it wants.
@@ -74,6 +76,11 @@ impl Health {
         self.state().eligible = eligible;
     }
 
+    /// Whether everything was written, and nothing waits for long.
+    pub(crate) fn keeps_up(&self) -> bool {
+        self.report(Timestamp::now()).keeps_up
+    }
+
     fn report(&self, now: Timestamp) -> Report {
         let state = self.state();
         let late = state
@@ -98,6 +105,8 @@ pub(crate) struct Pages {
     pub(crate) health: Health,
     pub(crate) metrics: Metrics,
     pub(crate) registry: Registry,
+    /// The mode in force.
+    pub(crate) mode: Mode,
     /// The body of `/configz`.
     pub(crate) configz: Arc<str>,
 }
@@ -112,7 +121,8 @@ pub(crate) enum Server {
 }
 
 impl Pages {
-    fn answer(&self, server: Server, path: &str) -> Response<Full<Bytes>> {
+    /// The page at a path of one of the servers.
+    pub(crate) fn answer(&self, server: Server, path: &str) -> Response<Full<Bytes>> {
         let report = self.health.report(Timestamp::now());
         match (server, path) {
             (Server::Health, "/healthz") => {
@@ -126,7 +136,9 @@ impl Pages {
                 response
             }
             (Server::Metrics, "/healthz") => page(StatusCode::OK, "text/plain", "ok"),
-            (Server::Metrics, "/proxyMode") => page(StatusCode::OK, "text/plain", "nftables"),
+            (Server::Metrics, "/proxyMode") => {
+                page(StatusCode::OK, "text/plain", self.mode.as_str())
+            }
             (Server::Metrics, "/configz") => {
                 page(StatusCode::OK, "application/json", self.configz.to_string())
             }
@@ -153,7 +165,8 @@ fn health_page(report: Report, healthy: bool) -> Response<Full<Bytes>> {
     page(status, "application/json", body.to_string())
 }
 
-fn page(
+/// An answer in full.
+pub(crate) fn page(
     status: StatusCode,
     content_type: &'static str,
     body: impl Into<Bytes>,
@@ -166,19 +179,37 @@ fn page(
     response
 }
 
-/// Takes an address for one of the servers.
+/// Takes an address, now or, where that is not a reason to end, as soon as it can be had.
 ///
 /// # Errors
-/// When the address can't be had.
-pub(crate) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    TcpListener::bind(address).await
+/// When it can't be had and `hard_fail` is set, or `shutdown` comes first.
+pub(crate) async fn bind(
+    address: SocketAddr,
+    hard_fail: bool,
+    shutdown: &CancellationToken,
+) -> io::Result<TcpListener> {
+    let mut told = false;
+    loop {
+        match TcpListener::bind(address).await {
+            Err(error) if !hard_fail && !shutdown.is_cancelled() => {
+                if !told {
+                    tracing::error!(%error, %address, "can't listen; trying again");
+                    told = true;
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(RETRY) => {}
+                    () = shutdown.cancelled() => return Err(error),
+                }
+            }
+            result => return result,
+        }
+    }
 }
 
-/// Answers until `shutdown`.
+/// Answers GET requests by their path until `shutdown`.
 pub(crate) async fn serve(
     listener: TcpListener,
-    server: Server,
-    pages: Pages,
+    answer: impl Fn(&str) -> Response<Full<Bytes>> + Clone + Send + 'static,
     shutdown: CancellationToken,
 ) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
@@ -201,11 +232,11 @@ pub(crate) async fn serve(
                 continue;
             }
         };
-        let (pages, shutdown) = (pages.clone(), shutdown.clone());
+        let (answer, shutdown) = (answer.clone(), shutdown.clone());
         tokio::spawn(async move {
             let _place = place;
             let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-                let response = pages.answer(server, request.uri().path());
+                let response = answer(request.uri().path());
                 async move { Ok::<_, Infallible>(response) }
             });
             let connection = hyper::server::conn::http1::Builder::new()

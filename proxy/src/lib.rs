@@ -10,10 +10,13 @@
 //! | task or thread | what it owns | what it sends where |
 //! |---|---|---|
 //! | [`watches`], three tasks | nothing | changes to the loop's queue |
-//! | the monitor's task | a netlink socket that hears others | "drift" to the same queue |
-//! | [`proxier`], a thread | the whole state, a netlink socket per family | transactions to the kernel |
+//! | [`drift`], a task | what hears others, by mode | "drift" to the same queue |
+//! | [`proxier`], a thread | the whole state, a [`backend`] per family | rules to the kernel; Services to [`health_check`] |
 //! | [`conntrack`], a thread | a netlink socket | deletions to the kernel |
 //! | [`health`], a task per port | listeners | pages |
+//! | [`health_check`], a task, and one per port | listeners | how many endpoints are here |
+//!
+//! [`start`] chooses the backend.
 //!
 //! The rules stay when the proxy stops, so that Services answer while it is restarted or upgraded;
 //! [`cleanup`] removes them. `README.md` in this crate draws the packet's path.
@@ -21,7 +24,9 @@
 mod backend;
 mod config;
 mod conntrack;
+mod drift;
 mod health;
+mod health_check;
 #[cfg(test)]
 mod loop_test;
 mod metrics;
@@ -33,13 +38,18 @@ mod proxier;
 mod ruleset;
 #[cfg(test)]
 mod run_test;
+mod start;
 mod sysctl;
 mod watches;
 
 #[doc(hidden)]
 pub mod bench;
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use keelson_api::events::EventRecorder;
 use kube::Client;
@@ -54,22 +64,17 @@ pub use config::{ConntrackConfig, DetectLocal, Mode, NodePortAddresses, ProxyCon
 pub use model::Family;
 
 use crate::{
-    backend::Backend,
     conntrack::Cleaner,
     health::{Health, Pages, Server},
+    health_check::{HealthChecks, Listening},
     metrics::Metrics,
-    nftables::{
-        apply::Table,
-        monitor::{Heard, Monitor},
-        rules::Layout,
-    },
+    nftables::monitor::Monitor,
     proxier::{Proxier, Reports},
-    watches::ChangeKind,
+    start::{Chosen, KERNEL_MIN},
 };
 
-/// The oldest kernel whose nftables has all that the rules need; kube-proxy's nftables mode asks
-/// for the same.
-const KERNEL_MIN: (u32, u32) = (5, 13);
+#[cfg(test)]
+pub(crate) use start::layout;
 
 /// Why the proxy can't start, or could not clean up.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +94,12 @@ pub enum ProxyError {
          nft_numgen, nft_reject and nft_ct can be loaded and that the process has CAP_NET_ADMIN"
     )]
     Kernel(String),
+    /// The kernel has no IPv6.
+    #[error("the kernel has no IPv6")]
+    NoIpv6,
+    /// The mode is not in this build.
+    #[error("mode {0} is not in this build")]
+    NotBuilt(&'static str),
     /// A port for health or metrics can't be had.
     #[error("can't listen on {address}: {source}")]
     Listen {
@@ -138,28 +149,15 @@ pub async fn run_with_registry(
 ) -> Result<(), ProxyError> {
     // All sockets belong to the network namespace of the thread that opens them: a caller which
     // wants another one runs this on a runtime of a single thread inside it.
-    check_kernel()?;
-    let metrics = Metrics::register(&registry)?;
     if config.detect_local == DetectLocal::NodeCidr {
         let ranges = watches::pod_cidrs(client.clone(), &config.node_name, &shutdown).await;
         let Some(ranges) = ranges else { return Ok(()) };
         config.detect_local = DetectLocal::Ranges(ranges);
     }
-    let mut backends: Vec<Box<dyn Backend>> = Vec::new();
-    let mut ports = Vec::new();
-    for family in &config.families {
-        let mut table = Table::open(layout(&config, *family)).map_err(kernel)?;
-        table.probe().map_err(kernel)?;
-        ports.push(table.port());
-        backends.push(Box::new(table));
-    }
-    let conntrack = match Cleaner::start(metrics.clone()) {
-        Ok(cleaner) => Some(cleaner),
-        Err(error) => {
-            tracing::warn!(%error, "stale UDP connections will not be removed: there is no way to the connection table");
-            None
-        }
-    };
+    let chosen = start::choose(&config)?;
+    let (mode, families) = (chosen.mode, chosen.families());
+    let metrics = Metrics::for_mode(&registry, mode)?;
+    let conntrack = connection_cleaner(&chosen, &metrics);
     // After the kernel has got what tracks connections for the above: its settings are not there
     // before.
     sysctl::apply(&config.conntrack);
@@ -170,6 +168,7 @@ pub async fn run_with_registry(
         health: health.clone(),
         metrics: metrics.clone(),
         registry,
+        mode,
         configz: configz(&config),
     };
     for (address, server) in [
@@ -177,21 +176,11 @@ pub async fn run_with_registry(
         (config.metrics_bind_address, Server::Metrics),
     ] {
         let Some(address) = address else { continue };
-        let listener =
-            health::bind(address).await.map_err(|source| ProxyError::Listen { address, source })?;
-        tasks.spawn(health::serve(listener, server, pages.clone(), shutdown.clone()));
+        listen(&mut tasks, address, server, &config, &pages, &shutdown).await?;
     }
 
     let (changes, queue) = mpsc::channel(watches::QUEUE);
-    let families = config.families.iter().map(|f| f.protocol_family()).collect();
-    match Monitor::open(&ports, families) {
-        Ok(monitor) => {
-            tasks.spawn(listen(monitor, changes.clone(), shutdown.clone()));
-        }
-        Err(error) => tracing::warn!(
-            %error, "changes of the rules by other programs will only be seen at the next refusal"
-        ),
-    }
+    hear_others(&mut tasks, &chosen, &config, &changes, &shutdown);
     let (events, recorder) = EventRecorder::spawn(
         client.clone(),
         "kube-proxy",
@@ -206,9 +195,28 @@ pub async fn run_with_registry(
     tasks.spawn(watches::slices(client.clone(), placed, changes.clone(), shutdown.clone()));
     let node = config.node_name.clone();
     tasks.spawn(watches::node(client, node, place, changes, shutdown.clone()));
+    let (published, checks) = watch::channel(Arc::default());
+    let listening = Listening {
+        checks,
+        addresses: config.node_port_addresses.clone(),
+        families,
+        health: health.clone(),
+        events: events.clone(),
+    };
+    tasks.spawn(health_check::listen(listening, shutdown.clone()));
 
-    let reports = Reports { metrics, health, events, conntrack };
-    let proxier = Proxier::new(backends, &config.node_ips, reports);
+    let node_ips: Vec<IpAddr> = node_ips(&config);
+    let reports = Reports { metrics: metrics.clone(), health, events, conntrack };
+    let proxier = Proxier::new(chosen.backends, &node_ips, reports)
+        .paced(config.min_sync_period)
+        .with_stale_tcp(config.conntrack.remove_stale_tcp)
+        .with_health_checks(HealthChecks::new(published))
+        .once_in_force(move || {
+            // Programs are run for it, which no change should wait for. The thread is in the
+            // namespace of the one that starts it.
+            let clean = std::thread::Builder::new().name("proxy-cleanup".into());
+            let _ = clean.spawn(move || start::remove_others(mode, Some(&metrics)));
+        });
     let (ended, end) = tokio::sync::oneshot::channel();
     let runtime = tokio::runtime::Handle::current();
     std::thread::Builder::new()
@@ -234,31 +242,17 @@ pub async fn run_with_registry(
     result
 }
 
-/// Removes all rules of the proxy, in every family; nothing happens if there are none.
+/// Removes all rules of the proxy, in every mode and family, and those of kube-proxy; nothing
+/// happens if there are none.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn cleanup() -> Result<(), ProxyError> {
-    for family in [Family::V4, Family::V6] {
-        let config = ProxyConfig::new("");
-        let mut table = Table::open(layout(&config, family)).map_err(kernel)?;
-        table.remove().map_err(kernel)?;
-    }
-    Ok(())
+    start::remove_all()
 }
 
 fn kernel(error: impl std::fmt::Display) -> ProxyError {
     ProxyError::Kernel(error.to_string())
-}
-
-fn layout(config: &ProxyConfig, family: Family) -> Layout {
-    Layout {
-        family,
-        detect_local: config.detect_local.clone(),
-        masquerade_all: config.masquerade_all,
-        masquerade_mark: config.masquerade_mark(),
-        node_port_addresses: config.node_port_addresses.clone(),
-    }
 }
 
 fn configz(config: &ProxyConfig) -> Arc<str> {
@@ -266,66 +260,75 @@ fn configz(config: &ProxyConfig) -> Arc<str> {
     serde_json::json!({ "kubeproxy.config.k8s.io": config }).to_string().into()
 }
 
-fn check_kernel() -> Result<(), ProxyError> {
-    let names = nix::sys::utsname::uname().map_err(|errno| ProxyError::Io {
-        doing: "ask for the kernel's release",
-        source: errno.into(),
-    })?;
-    let release = names.release().to_string_lossy().into_owned();
-    if kernel_is_too_old(&release) {
-        return Err(ProxyError::KernelTooOld { found: release });
+fn connection_cleaner(chosen: &Chosen, metrics: &Metrics) -> Option<Cleaner> {
+    if !chosen.backends.iter().any(|backend| backend.tracks_connections()) {
+        return None;
     }
-    Ok(())
-}
-
-/// A release that can't be read is tried: the kernel itself says what it lacks.
-fn kernel_is_too_old(release: &str) -> bool {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < KERNEL_MIN,
-        _ => false,
-    }
-}
-
-/// Tells the loop when another program changed the proxy's rules.
-async fn listen(
-    mut monitor: Monitor,
-    changes: mpsc::Sender<watches::Change>,
-    shutdown: CancellationToken,
-) {
-    loop {
-        let heard = tokio::select! {
-            heard = monitor.heard() => heard,
-            () = shutdown.cancelled() => return,
-        };
-        let cause = match heard {
-            Ok(Heard::Edited) => "edit",
-            Ok(Heard::Overflow) => "overflow",
-            Err(error) => {
-                tracing::error!(%error, "the monitor of the kernel's tables failed");
-                return;
-            }
-        };
-        if changes.send(ChangeKind::Drift(cause).into()).await.is_err() {
-            return;
+    match Cleaner::start(metrics.clone()) {
+        Ok(cleaner) => Some(cleaner),
+        Err(error) => {
+            tracing::warn!(%error, "stale UDP connections will not be removed: there is no way to the connection table");
+            None
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The node's addresses as far as they are configured, the main one first.
+fn node_ips(config: &ProxyConfig) -> Vec<IpAddr> {
+    let main = config.bind_address;
+    let others = config.node_ips.iter().copied();
+    main.into_iter().chain(others.filter(|ip| Some(*ip) != main)).collect()
+}
 
-    #[test]
-    fn old_kernels_are_named() {
-        for (release, old) in [
-            ("6.18.44-fc", false),
-            ("5.13.0", false),
-            ("5.12.19-generic", true),
-            ("4.19.0", true),
-            ("unknown", false),
-        ] {
-            assert_eq!(kernel_is_too_old(release), old, "{release}");
+/// Serves pages at an address; if it can't be had now, and that is no reason to end, then later.
+async fn listen(
+    tasks: &mut JoinSet<()>,
+    address: SocketAddr,
+    server: Server,
+    config: &ProxyConfig,
+    pages: &Pages,
+    shutdown: &CancellationToken,
+) -> Result<(), ProxyError> {
+    let (pages, shutdown) = (pages.clone(), shutdown.clone());
+    let answer = move |path: &str| pages.answer(server, path);
+    if config.bind_address_hard_fail {
+        let listener = health::bind(address, true, &shutdown)
+            .await
+            .map_err(|source| ProxyError::Listen { address, source })?;
+        tasks.spawn(health::serve(listener, answer, shutdown));
+        return Ok(());
+    }
+    tasks.spawn(async move {
+        if let Ok(listener) = health::bind(address, false, &shutdown).await {
+            health::serve(listener, answer, shutdown).await;
+        }
+    });
+    Ok(())
+}
+
+/// Listens to others who change the rules, as the mode needs it.
+fn hear_others(
+    tasks: &mut JoinSet<()>,
+    chosen: &Chosen,
+    config: &ProxyConfig,
+    changes: &mpsc::Sender<watches::Change>,
+    shutdown: &CancellationToken,
+) {
+    let period = config.sync_period;
+    if chosen.mode == Mode::Nftables {
+        let families = chosen.families().iter().map(|f| f.protocol_family()).collect();
+        match Monitor::open(&chosen.ports, families) {
+            Ok(monitor) => {
+                tasks.spawn(drift::monitor(monitor, changes.clone(), shutdown.clone()));
+            }
+            Err(error) => {
+                tracing::warn!(
+                    %error, ?period,
+                    "the kernel doesn't tell of changes of the rules by other programs; looking for \
+                     them from time to time"
+                );
+                tasks.spawn(drift::periodically(period, changes.clone(), shutdown.clone()));
+            }
         }
     }
 }

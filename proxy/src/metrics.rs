@@ -9,7 +9,7 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, core::Collector,
 };
 
-use crate::model::Family;
+use crate::{config::Mode, model::Family};
 
 /// What the proxy measures. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -20,7 +20,8 @@ pub(crate) struct Metrics {
     programming: HistogramVec,
     last_sync: GaugeVec,
     last_queued: GaugeVec,
-    failures: IntCounterVec,
+    /// What the mode counts of itself.
+    own: Own,
     no_local_endpoints: IntGaugeVec,
     conntrack_deleted: IntCounterVec,
     conntrack_duration: HistogramVec,
@@ -35,12 +36,91 @@ pub(crate) struct Metrics {
     commit: Histogram,
 }
 
+/// Metrics that only one mode has.
+#[derive(Clone, Debug)]
+enum Own {
+    Nftables {
+        sync_failures: IntCounterVec,
+        cleanup_failures: IntCounterVec,
+    },
+    Iptables {
+        restore_failures: IntCounterVec,
+        partial_restore_failures: IntCounterVec,
+        rules: IntGaugeVec,
+        last_rules: IntGaugeVec,
+    },
+    Userspace {
+        failures: IntCounterVec,
+    },
+}
+
+impl Own {
+    fn register(registry: &Registry, mode: Mode) -> Result<Self, prometheus::Error> {
+        let counter = |name: &str, help: &str| {
+            let counter = IntCounterVec::new(Opts::new(name, help), &["ip_family"])?;
+            // A rate needs the zero before the first failure.
+            for family in [Family::V4, Family::V6] {
+                counter.with_label_values(&[family.as_str()]).inc_by(0);
+            }
+            kept(registry, counter)
+        };
+        let gauge = |name: &str, help: &str| {
+            kept(registry, IntGaugeVec::new(Opts::new(name, help), &["ip_family", "table"])?)
+        };
+        Ok(match mode {
+            Mode::Nftables => Self::Nftables {
+                sync_failures: counter(
+                    "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
+                    "Transactions that the kernel refused.",
+                )?,
+                cleanup_failures: counter(
+                    "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
+                    "Removals of what is not needed any more that the kernel refused.",
+                )?,
+            },
+            Mode::Iptables => Self::Iptables {
+                restore_failures: counter(
+                    "kubeproxy_sync_proxy_rules_iptables_restore_failures_total",
+                    "Times that iptables-restore failed.",
+                )?,
+                partial_restore_failures: counter(
+                    "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total",
+                    "Times that iptables-restore of single Services failed.",
+                )?,
+                rules: gauge(
+                    "kubeproxy_sync_proxy_rules_iptables_total",
+                    "Rules that the proxy has in the kernel.",
+                )?,
+                last_rules: gauge(
+                    "kubeproxy_sync_proxy_rules_iptables_last",
+                    "Rules that the last change wrote.",
+                )?,
+            },
+            Mode::Userspace => Self::Userspace {
+                failures: counter(
+                    "keelson_proxy_userspace_sync_failures_total",
+                    "Changes of routes and listeners that failed.",
+                )?,
+            },
+        })
+    }
+}
+
 impl Metrics {
-    /// Makes all metrics and registers them.
+    /// Makes all metrics of the default mode and registers them.
     ///
     /// # Errors
     /// When a name is registered already.
+    #[cfg(test)]
     pub(crate) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        Self::for_mode(registry, Mode::default())
+    }
+
+    /// Makes all metrics that a mode has and registers them.
+    ///
+    /// # Errors
+    /// When a name is registered already.
+    pub(crate) fn for_mode(registry: &Registry, mode: Mode) -> Result<Self, prometheus::Error> {
         let family = &["ip_family"];
         let sync_buckets = exponential_buckets(0.001, 2.0, 15);
         let histogram = |name: &str, help: &str, buckets: &[f64]| {
@@ -81,11 +161,7 @@ impl Metrics {
                 "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
                 "When a change was last taken in.",
             )?,
-            failures: counter(
-                "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
-                "Transactions that the kernel refused.",
-                family,
-            )?,
+            own: Own::register(registry, mode)?,
             no_local_endpoints: kept(
                 registry,
                 IntGaugeVec::new(
@@ -187,9 +263,31 @@ impl Metrics {
         self.programming.with_label_values(&[family.as_str()]).observe(took.max(0.0));
     }
 
-    /// A transaction was refused.
-    pub(crate) fn failed(&self, family: Family) {
-        self.failures.with_label_values(&[family.as_str()]).inc();
+    /// A write was refused, of everything or of single Services.
+    pub(crate) fn failed(&self, family: Family, full: bool) {
+        let counter = match &self.own {
+            Own::Nftables { sync_failures, .. } => sync_failures,
+            Own::Iptables { restore_failures, .. } if full => restore_failures,
+            Own::Iptables { partial_restore_failures, .. } => partial_restore_failures,
+            Own::Userspace { failures } => failures,
+        };
+        counter.with_label_values(&[family.as_str()]).inc();
+    }
+
+    /// What another backend or an earlier run left could not be removed.
+    pub(crate) fn cleanup_failed(&self, family: Family) {
+        if let Own::Nftables { cleanup_failures, .. } = &self.own {
+            cleanup_failures.with_label_values(&[family.as_str()]).inc();
+        }
+    }
+
+    /// How many rules a table has, and how many of them the last change wrote.
+    pub(crate) fn rules(&self, family: Family, table: &str, total: usize, last: usize) {
+        if let Own::Iptables { rules, last_rules, .. } = &self.own {
+            let labels = &[family.as_str(), table];
+            rules.with_label_values(labels).set(total as i64);
+            last_rules.with_label_values(labels).set(last as i64);
+        }
     }
 
     /// Another program was heard or found.
@@ -250,6 +348,8 @@ mod tests {
         let metrics = Metrics::register(&registry).unwrap();
         metrics.synced(Family::V4, true, Duration::from_millis(3));
         let text = keelson_api::metrics::encode(&registry).unwrap();
+        assert!(text.contains("nftables_sync_failures_total{ip_family=\"IPv4\"} 0"), "{text}");
+        assert!(!text.contains("iptables"), "only what the mode has: {text}");
         assert!(
             text.contains(
                 "kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} 1"

@@ -23,6 +23,11 @@ fn answer(path: &str) -> Value {
             json!({"kind": "ServiceList", "apiVersion": "v1", "metadata": metadata, "items": [
                 {"metadata": {"name": "web", "namespace": "d", "resourceVersion": "1"},
                  "spec": {"clusterIP": "10.96.0.1", "type": "NodePort", "ports": [{"port": 80, "nodePort": 30080}]}},
+                {"metadata": {"name": "lb", "namespace": "d", "resourceVersion": "1"},
+                 "spec": {"clusterIP": "10.96.0.2", "type": "LoadBalancer", "ports": [{"port": 80}],
+                          "externalTrafficPolicy": "Local", "healthCheckNodePort": 31999}},
+                {"metadata": {"name": "six", "namespace": "d", "resourceVersion": "1"},
+                 "spec": {"clusterIP": "fd00::10", "ports": [{"port": 80}]}},
                 {"metadata": {"name": "headless", "namespace": "d", "resourceVersion": "1"},
                  "spec": {"clusterIP": "None", "ports": [{"port": 81}]}},
                 {"metadata": {"name": "loop", "namespace": "d", "resourceVersion": "1"},
@@ -35,6 +40,11 @@ fn answer(path: &str) -> Value {
                           "labels": {"kubernetes.io/service-name": "web"}},
              "addressType": "IPv4", "ports": [{"port": 8080}],
              "endpoints": [{"addresses": ["10.244.0.5"]}, {"addresses": ["169.254.169.254"]}]},
+            {"metadata": {"name": "lb-1", "namespace": "d", "resourceVersion": "1",
+                          "labels": {"kubernetes.io/service-name": "lb"}},
+             "addressType": "IPv4", "ports": [{"port": 8080}],
+             "endpoints": [{"addresses": ["10.244.0.6"], "nodeName": "here"},
+                           {"addresses": ["10.244.1.6"], "nodeName": "elsewhere"}]},
         ]}),
         "/api/v1/nodes" => {
             json!({"kind": "NodeList", "apiVersion": "v1", "metadata": metadata, "items": [
@@ -58,9 +68,13 @@ fn api_server() -> Client {
 }
 
 fn get(namespace: &Namespace, port: u16, path: &str) -> Option<String> {
+    get_at(namespace, "127.0.0.1", port, path)
+}
+
+fn get_at(namespace: &Namespace, address: &'static str, port: u16, path: &str) -> Option<String> {
     let path = path.to_owned();
     namespace.run(move || {
-        let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+        let mut stream = TcpStream::connect((address, port)).ok()?;
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").ok()?;
         let mut text = String::new();
@@ -72,6 +86,7 @@ fn get(namespace: &Namespace, port: u16, path: &str) -> Option<String> {
 #[test]
 fn it_starts_serves_tells_of_its_health_and_stops() {
     let host = Namespace::new();
+    host.sh("ip addr add 192.0.2.7/32 dev lo");
     let shutdown = CancellationToken::new();
     let token = shutdown.clone();
     let running = host.run(move || {
@@ -90,6 +105,8 @@ fn it_starts_serves_tells_of_its_health_and_stops() {
         assert!(Instant::now() < deadline, "{listed}");
         std::thread::sleep(Duration::from_millis(5));
     };
+    let six = host.sh("nft list table ip6 keelson-proxy");
+    assert!(six.contains("fd00::10 . tcp . 80 : goto reject-at-once"), "{six}");
     assert!(listed.contains("10.96.0.1 . tcp . 80 . 0x00000000 : 10.244.0.5 . 8080"), "{listed}");
     assert!(!listed.contains("127.0.0.1") && !listed.contains("169.254"), "{listed}");
 
@@ -103,11 +120,23 @@ fn it_starts_serves_tells_of_its_health_and_stops() {
     assert!(get(&host, 10249, "/proxyMode").unwrap().ends_with("\r\n\r\nnftables"));
     assert!(get(&host, 10249, "/configz").unwrap().contains("\"masqueradeBit\":14"));
     assert!(get(&host, 10249, "/nothing").unwrap().starts_with("HTTP/1.1 404"));
+    let check = loop {
+        if let Some(check) = get_at(&host, "192.0.2.7", 31999, "/") {
+            break check;
+        }
+        assert!(Instant::now() < deadline, "no answer to health checks");
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(check.starts_with("HTTP/1.1 200"), "{check}");
+    for part in ["x-load-balancing-endpoint-weight: 1", "\"localEndpoints\": 1", "\"name\": \"lb\""]
+    {
+        assert!(check.contains(part), "{check}");
+    }
     let metrics = get(&host, 10249, "/metrics").unwrap();
     for name in [
         "kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} ",
-        "kubeproxy_sync_proxy_rules_service_changes_total 3",
-        "kubeproxy_sync_proxy_rules_endpoint_changes_total 1",
+        "kubeproxy_sync_proxy_rules_service_changes_total 5",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_total 2",
         "kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv4\"} ",
         "kubeproxy_proxy_healthz_total{code=\"200\"} 1",
     ] {
@@ -128,7 +157,8 @@ fn a_port_in_use_is_named() {
         let _taken = std::net::TcpListener::bind("0.0.0.0:10256").unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            run(ProxyConfig::new("here"), api_server(), CancellationToken::new()).await.unwrap_err()
+            let config = ProxyConfig { bind_address_hard_fail: true, ..ProxyConfig::new("here") };
+            run(config, api_server(), CancellationToken::new()).await.unwrap_err()
         })
     });
     assert!(matches!(error, ProxyError::Listen { .. }), "{error}");

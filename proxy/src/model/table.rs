@@ -166,17 +166,40 @@ impl ServiceTable {
         ready(Family::V4).max(ready(Family::V6))
     }
 
-    /// Every Service's health-check node port.
-    pub(crate) fn health_check_ports(&self) -> impl Iterator<Item = (&ObjectKey, u16)> {
-        self.services
-            .iter()
-            .filter_map(|(key, service)| Some((key, service.health_check_node_port?)))
+    /// A Service's health-check node port.
+    pub(crate) fn health_check_port(&self, key: &ObjectKey) -> Option<u16> {
+        self.services.get(key)?.health_check_node_port
+    }
+
+    /// Ports of a Service whose traffic policy is Local and that have endpoints, but none of them
+    /// on this node.
+    pub(crate) fn without_local_endpoints(
+        &self,
+        key: &ObjectKey,
+        families: &[Family],
+    ) -> Vec<WithoutLocal> {
+        let Some(service) = self.services.get(key) else { return Vec::new() };
+        let policies = [service.internal_policy, service.external_policy];
+        if !policies.contains(&TrafficPolicy::Local) {
+            return Vec::new();
+        }
+        let (plans, _) = self.ports(key, families).unwrap_or_default();
+        let without = plans.iter().map(PortPlan::without_local_endpoints);
+        without.filter(|one| one.internal || one.external).collect()
     }
 
     /// The slices of a Service.
     pub(crate) fn slices_of(&self, key: &ObjectKey) -> impl Iterator<Item = &Slice> {
         self.slices.get(key).into_iter().flat_map(|slices| slices.values())
     }
+}
+
+/// Which policy of a Service's port finds no endpoint on this node though there are others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WithoutLocal {
+    pub(crate) family: Family,
+    pub(crate) internal: bool,
+    pub(crate) external: bool,
 }
 
 /// One port of a Service in one family, and where its traffic may go.
@@ -226,6 +249,18 @@ impl PortPlan<'_> {
     /// Whether there is any endpoint at all; without one traffic is rejected and not dropped.
     pub(crate) fn has_endpoints(&self) -> bool {
         !(self.eligible.cluster.is_empty() && self.eligible.local.is_empty())
+    }
+
+    fn without_local_endpoints(&self) -> WithoutLocal {
+        let nowhere = self.has_endpoints() && self.eligible.local.is_empty();
+        let reachable = self.port.node_port.is_some()
+            || self.external_ips().chain(self.load_balancer_ips()).next().is_some();
+        let local = |policy| nowhere && policy == TrafficPolicy::Local;
+        WithoutLocal {
+            family: self.family,
+            internal: local(self.service.internal_policy),
+            external: local(self.service.external_policy) && reachable,
+        }
     }
 
     fn forward(&self, endpoints: &[Endpoint], masquerade: Masquerade) -> Action {

@@ -77,6 +77,8 @@ pub(crate) struct Set {
 pub(crate) enum Subject {
     /// The table.
     Table,
+    /// Another program's table.
+    OtherTable(String),
     /// A chain.
     Chain(String),
     /// A rule, with the kernel's names of its expressions.
@@ -91,6 +93,7 @@ impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Table => write!(f, "table {TABLE}"),
+            Self::OtherTable(name) => write!(f, "table {name}"),
             Self::Chain(name) => write!(f, "chain {name}"),
             Self::Rule { chain, comment, expressions } => {
                 write!(f, "rule \"{comment}\" of chain {chain} ({})", expressions.join(", "))
@@ -198,6 +201,13 @@ impl Batch {
     pub(crate) fn delete_table(&mut self) {
         self.message(NFT_MSG_DELTABLE, 0, Subject::Table, |w| {
             w.text_attribute(NFTA_TABLE_NAME, TABLE);
+        });
+    }
+
+    /// Removes another program's table of this family. It must be there.
+    pub(crate) fn delete_other_table(&mut self, name: &str) {
+        self.message(NFT_MSG_DELTABLE, 0, Subject::OtherTable(name.to_owned()), |w| {
+            w.text_attribute(NFTA_TABLE_NAME, name);
         });
     }
 

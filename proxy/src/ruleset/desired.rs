@@ -45,6 +45,9 @@ pub(crate) struct Outcome {
     pub(crate) dirty: Vec<Unit>,
     /// Frontends that the Service wants and another one has.
     pub(crate) taken: Vec<(Frontend, Arc<ObjectKey>)>,
+    /// What dirty frontends did before; those that are new are not in it, and one that passed
+    /// through several states is in it with each, the oldest first.
+    pub(crate) before: Vec<(Frontend, Action)>,
 }
 
 /// Everything that the kernel should hold.
@@ -122,14 +125,16 @@ impl Desired {
             let by = Claimant { created: entry.created, service: Arc::clone(&key) };
             for frontend in &entry.frontends {
                 if entry.created != created || !wanted.contains_key(frontend) {
-                    self.withdraw(frontend, &by);
+                    let before = self.withdraw(frontend, &by);
+                    outcome.before.extend(before.map(|action| (*frontend, action)));
                     dirty.insert(Unit::Frontend(*frontend));
                 }
             }
         }
         for (frontend, action) in &wanted {
             let by = Claimant { created, service: Arc::clone(&key) };
-            if self.claim(*frontend, by, (*action).clone()) {
+            if let Some(before) = self.claim(*frontend, by, (*action).clone()) {
+                outcome.before.extend(before.map(|action| (*frontend, action)));
                 dirty.insert(Unit::Frontend(*frontend));
             }
             if let Some(claim) = self.frontends.get(frontend)
@@ -153,16 +158,23 @@ impl Desired {
         outcome
     }
 
-    /// Enters a claim. Whether what the frontend does may have changed.
-    fn claim(&mut self, frontend: Frontend, by: Claimant, action: Action) -> bool {
+    /// Enters a claim. If that may change what the frontend does: what it did before, if it was
+    /// there.
+    fn claim(
+        &mut self,
+        frontend: Frontend,
+        by: Claimant,
+        action: Action,
+    ) -> Option<Option<Action>> {
         let Some(present) = self.frontends.get_mut(&frontend) else {
             self.frontends.insert(frontend, Claim { by, action });
-            return true;
+            return Some(None);
         };
         if present.by == by {
-            let changed = present.action != action;
-            present.action = action;
-            return changed;
+            if present.action == action {
+                return None;
+            }
+            return Some(Some(std::mem::replace(&mut present.action, action)));
         }
         let wins = by < present.by;
         let loser = if wins {
@@ -170,24 +182,29 @@ impl Desired {
         } else {
             Claim { by, action }
         };
+        let before = wins.then(|| Some(loser.action.clone()));
         self.waiting.entry(frontend).or_default().insert(loser.by, loser.action);
-        wins
+        before
     }
 
-    fn withdraw(&mut self, frontend: &Frontend, by: &Claimant) {
+    /// Takes a claim back. What the frontend did before, if the claim was in force.
+    fn withdraw(&mut self, frontend: &Frontend, by: &Claimant) -> Option<Action> {
         if let Some(waiting) = self.waiting.get_mut(frontend) {
             waiting.remove(by);
         }
+        let mut before = None;
         if self.frontends.get(frontend).is_some_and(|claim| claim.by == *by) {
             let next = self.waiting.get_mut(frontend).and_then(BTreeMap::pop_first);
-            match next {
+            let was = match next {
                 Some((by, action)) => self.frontends.insert(*frontend, Claim { by, action }),
                 None => self.frontends.remove(frontend),
             };
+            before = was.map(|claim| claim.action);
         }
         if self.waiting.get(frontend).is_some_and(BTreeMap::is_empty) {
             self.waiting.remove(frontend);
         }
+        before
     }
 }
 

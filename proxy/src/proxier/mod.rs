@@ -4,6 +4,8 @@
 //! change is large, and it waits for nothing else: what comes in while nothing is going on is
 //! committed at once; what comes in during a commit is committed together by the next one.
 
+mod reports;
+
 use std::{
     collections::HashSet,
     net::IpAddr,
@@ -11,26 +13,23 @@ use std::{
 };
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::ObjectReference;
-use keelson_api::{
-    backoff::Backoff,
-    events::{EventRecorder, EventType},
-    object::ObjectKey,
-};
+use keelson_api::{backoff::Backoff, object::ObjectKey};
 use tokio::sync::mpsc;
 
 use crate::{
-    backend::{Applied, Backend, Forget, Goal},
-    conntrack::Cleaner,
-    health::Health,
-    metrics::Metrics,
+    backend::{Backend, Forget, Goal},
+    conntrack::stale::{Expected, Tracker},
+    health_check::HealthChecks,
     model::{Family, Problem, table::ServiceTable},
     ruleset::{
-        Action, AddressSet, Frontend, Lane, Unit,
+        AddressSet, Unit,
         desired::{Desired, ServiceRules},
     },
     watches::{Change, ChangeKind},
 };
+
+pub(crate) use reports::Reports;
+use reports::{LocalEndpoints, refused, report, written};
 
 /// How many changes are taken in before a commit: a flood must not put it off for ever.
 const BURST: usize = 100_000;
@@ -38,14 +37,6 @@ const BURST: usize = 100_000;
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// The first and the longest wait before what the kernel refused is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
-
-/// All that the loop reports to.
-pub(crate) struct Reports {
-    pub(crate) metrics: Metrics,
-    pub(crate) health: Health,
-    pub(crate) events: EventRecorder,
-    pub(crate) conntrack: Option<Cleaner>,
-}
 
 /// The loop's state. All of it can be rebuilt from the API and the kernel.
 pub(crate) struct Proxier {
@@ -56,8 +47,18 @@ pub(crate) struct Proxier {
     reports: Reports,
     listed: Listed,
     dirty: HashSet<Unit>,
-    /// Frontends whose policy finds no endpoint on this node.
-    dropped: HashSet<Frontend>,
+    /// Where a policy finds no endpoint on this node.
+    local: LocalEndpoints,
+    health_checks: HealthChecks,
+    /// Which connections the changes since the last commit leave behind.
+    stale: Tracker,
+    /// Whether TCP connections can be stale.
+    tcp: bool,
+    /// The shortest time between two commits, and when the next one may come.
+    pace: Duration,
+    not_before: Option<Instant>,
+    /// What is to be done once the rules are in force for the first time.
+    once_in_force: Option<Box<dyn FnOnce() + Send>>,
     /// When changes that aren't committed yet happened, and when the first of them came in.
     triggered: Vec<(Family, Timestamp)>,
     waiting_since: Option<Instant>,
@@ -82,8 +83,8 @@ struct Listed {
 }
 
 impl Proxier {
-    /// A loop over these backends, one for each family, which knows of no Service yet. `node_ips` may be empty: then the
-    /// node's object tells.
+    /// A loop over these backends, one for each family, which knows of no Service yet. `node_ips`
+    /// may be empty: then the node's object tells.
     pub(crate) fn new(
         backends: Vec<Box<dyn Backend>>,
         node_ips: &[IpAddr],
@@ -98,7 +99,13 @@ impl Proxier {
             reports,
             listed: Listed::default(),
             dirty: HashSet::new(),
-            dropped: HashSet::new(),
+            local: LocalEndpoints::default(),
+            health_checks: HealthChecks::default(),
+            stale: Tracker::default(),
+            tcp: false,
+            pace: Duration::ZERO,
+            not_before: None,
+            once_in_force: None,
             triggered: Vec::new(),
             waiting_since: None,
             resync: None,
@@ -114,7 +121,28 @@ impl Proxier {
         proxier
     }
 
-    /// Takes in changes and commits them until the queue is closed.
+    /// Leaves at least so much time between two commits.
+    pub(crate) fn paced(self, pace: Duration) -> Self {
+        Self { pace, ..self }
+    }
+
+    /// Removes TCP connections to endpoints that are gone too.
+    pub(crate) fn with_stale_tcp(self, tcp: bool) -> Self {
+        Self { tcp, stale: Tracker::with_tcp(tcp), ..self }
+    }
+
+    /// Tells these of Services with health-check node ports.
+    pub(crate) fn with_health_checks(mut self, mut health_checks: HealthChecks) -> Self {
+        health_checks.take_node_addresses(&mut self.health_checks);
+        Self { health_checks, ..self }
+    }
+
+    /// Does something once when the rules are in force for the first time.
+    pub(crate) fn once_in_force(self, then: impl FnOnce() + Send + 'static) -> Self {
+        Self { once_in_force: Some(Box::new(then)), ..self }
+    }
+
+    /// Takes in changes and commits them until the queue is closed; then the backends end too.
     pub(crate) async fn run(mut self, mut queue: mpsc::Receiver<Change>) {
         loop {
             let timer = self.retry_at.into_iter().chain(self.look_again_at).min();
@@ -136,7 +164,15 @@ impl Proxier {
                     Err(_) => break,
                 }
             }
+            while let Some(at) = self.not_before.filter(|at| *at > Instant::now()) {
+                match tokio::time::timeout_at(at.into(), queue.recv()).await {
+                    Ok(Some(change)) => self.take_in(change),
+                    Ok(None) => return,
+                    Err(_) => break,
+                }
+            }
             self.commit();
+            self.not_before = (!self.pace.is_zero()).then(|| Instant::now() + self.pace);
         }
     }
 
@@ -225,8 +261,9 @@ impl Proxier {
     }
 
     fn heard(&mut self, cause: &'static str) {
-        // An overflow may have lost nothing but news that don't concern us: the generation tells.
-        if cause == "overflow"
+        // An overflow may have lost nothing but news that don't concern us, and when it is only time
+        // to look there may be no news at all: the generation tells.
+        if matches!(cause, "overflow" | "period")
             && let Some(backend) = self.backends.first_mut()
             && backend.generation().is_some_and(|now| Some(now) == self.generation)
         {
@@ -236,6 +273,7 @@ impl Proxier {
     }
 
     fn set_node_addresses(&mut self, addresses: &[IpAddr]) {
+        self.health_checks.set_node_addresses(addresses);
         let rules = ServiceRules {
             created: 0,
             frontends: Vec::new(),
@@ -253,21 +291,17 @@ impl Proxier {
         };
         self.report(key, &problems);
         let outcome = self.desired.replace(key, rules);
+        if self.listed.synchronized {
+            self.stale.changed(&outcome);
+        }
         for (frontend, owner) in outcome.taken {
             let message =
                 format!("{frontend} is already that of the older Service {owner} and stays there");
             self.report(key, &[Problem::new("PortConflict", message)]);
         }
-        for unit in outcome.dirty {
-            if let Unit::Frontend(frontend) = unit {
-                if self.desired.action(&frontend) == Some(&Action::Drop) {
-                    self.dropped.insert(frontend);
-                } else {
-                    self.dropped.remove(&frontend);
-                }
-            }
-            self.dirty.insert(unit);
-        }
+        self.dirty.extend(outcome.dirty);
+        self.local.note(key, &self.objects, &self.families);
+        self.health_checks.note(key, &self.objects);
     }
 
     /// Writes all that was touched since the last time.
@@ -301,11 +335,6 @@ impl Proxier {
                     written(&self.reports, family, full, begin, &applied);
                     self.reports.metrics.holds(family, backend.units());
                     refused(&self.reports, &self.objects, &self.desired, &applied);
-                    if let Some(cleaner) = &self.reports.conntrack
-                        && backend.tracks_connections()
-                    {
-                        cleaner.forget(applied.aftermath.stale);
-                    }
                     forget(&mut **backend, &applied.aftermath.forget);
                     if !applied.aftermath.forget.is_empty() {
                         // A packet that was under way may have been remembered after this look.
@@ -315,7 +344,7 @@ impl Proxier {
                 }
                 Err(error) => {
                     failed = true;
-                    self.reports.metrics.failed(family);
+                    self.reports.metrics.failed(family, full);
                     tracing::error!(%error, family = family.as_str(), "rules not written; trying again");
                 }
             }
@@ -327,7 +356,11 @@ impl Proxier {
             self.retry_at = Some(Instant::now() + self.backoff.next_wait());
             return;
         }
+        self.forget_connections();
         self.listed.synchronized = true;
+        if let Some(then) = self.once_in_force.take() {
+            then();
+        }
         if self.refused.is_empty() {
             self.backoff.reset();
         } else if self.retry_at.is_none() {
@@ -335,6 +368,20 @@ impl Proxier {
         }
         self.generation = self.backends.first_mut().and_then(|backend| backend.generation());
         self.settled();
+    }
+
+    /// Has connections forgotten that the change leaves behind; after a start, all that don't go
+    /// where they should.
+    fn forget_connections(&mut self) {
+        let (desired, objects) = (&self.desired, &self.objects);
+        let stale = self.stale.settle(desired, objects);
+        let tracked = self.backends.iter().any(|backend| backend.tracks_connections());
+        let Some(cleaner) = self.reports.conntrack.as_ref().filter(|_| tracked) else { return };
+        if self.listed.synchronized {
+            cleaner.forget(stale);
+        } else {
+            cleaner.compare(Expected::of(desired, objects, &self.families, self.tcp));
+        }
     }
 
     /// Everything that was taken in is in the kernel, but for what it refuses.
@@ -351,12 +398,8 @@ impl Proxier {
         }
         metrics.service_changes_pending.set(0);
         metrics.endpoint_changes_pending.set(0);
-        for family in &self.families {
-            let count = |lane| {
-                self.dropped.iter().filter(|f| f.family == *family && f.lane == lane).count() as i64
-            };
-            metrics.without_local_endpoints(*family, count(Lane::Address), count(Lane::NodePort));
-        }
+        self.local.tell(metrics, &self.families);
+        self.health_checks.publish();
         self.reports.health.updated();
     }
 
@@ -365,76 +408,10 @@ impl Proxier {
     }
 }
 
-fn report(events: &EventRecorder, objects: &ServiceTable, key: &ObjectKey, problems: &[Problem]) {
-    if problems.is_empty() {
-        return;
-    }
-    let object = ObjectReference {
-        api_version: Some("v1".into()),
-        kind: Some("Service".into()),
-        namespace: Some(key.namespace.clone()),
-        name: Some(key.name.clone()),
-        uid: objects.uid(key).map(str::to_owned),
-        ..ObjectReference::default()
-    };
-    for problem in problems {
-        tracing::warn!(service = %key, reason = problem.reason, "{}", problem.message);
-        events.event(&object, EventType::Warning, problem.reason, problem.message.clone());
-    }
-}
-
 fn forget(backend: &mut dyn Backend, forget: &[Forget]) {
     let family = backend.family();
     let own: Vec<Forget> = forget.iter().filter(|f| f.frontend.family == family).cloned().collect();
     if let Err(error) = backend.forget(&own) {
         tracing::warn!(%error, "sticky clients may be sent to endpoints that are gone");
-    }
-}
-
-fn written(reports: &Reports, family: Family, full: bool, begin: Instant, applied: &Applied) {
-    let took = begin.elapsed();
-    reports.metrics.synced(family, full, took);
-    if let Some(why) = &applied.rebuilt {
-        tracing::info!(
-            family = family.as_str(),
-            why,
-            elements = applied.elements,
-            ?took,
-            "rules made anew"
-        );
-    } else if full {
-        tracing::info!(
-            family = family.as_str(),
-            elements = applied.elements,
-            ?took,
-            "rules compared with the kernel's"
-        );
-    } else {
-        tracing::debug!(
-            family = family.as_str(),
-            elements = applied.elements,
-            ?took,
-            "rules changed"
-        );
-    }
-}
-
-fn refused(reports: &Reports, objects: &ServiceTable, desired: &Desired, applied: &Applied) {
-    for (unit, error) in &applied.refused {
-        reports.metrics.failed(unit.family());
-        match unit {
-            Unit::Frontend(frontend) => {
-                let Some(owner) = desired.owner(frontend) else {
-                    tracing::error!(%frontend, %error, "the kernel keeps a rule that should go");
-                    continue;
-                };
-                let message = format!("{frontend} keeps its old rules: {error}");
-                let problem = Problem::new("FailedToUpdateRules", message);
-                report(&reports.events, objects, owner, &[problem]);
-            }
-            Unit::Address(_, address) => {
-                tracing::error!(%address, %error, "the kernel refused an address");
-            }
-        }
     }
 }

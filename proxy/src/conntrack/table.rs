@@ -1,22 +1,15 @@
-//! Forgetting UDP connections whose translation is out of date.
-//!
-//! The kernel translates the packets of one UDP flow alike for as long as they keep coming, so a
-//! client that never pauses would go on talking to an endpoint that is gone, or to nobody, long
-//! after the rules say otherwise. TCP ends by itself: what reaches nobody is answered with a reset.
+//! The kernel's connection table, over netlink.
 //!
 //! The kernel's own filter does the looking (`CTA_FILTER` on delete, Linux 6.8); older kernels list
-//! what matches and are told to delete each. This runs after the commit, on a thread of its own: to
-//! walk the connection table takes milliseconds that no other change should wait for.
+//! what matches and are told to delete each.
 
 use std::{collections::HashSet, io, net::IpAddr};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-use tokio::sync::mpsc;
 
 use crate::{
     backend::Stale,
-    metrics::Metrics,
-    model::Protocol,
+    model::{Family, Protocol},
     nftables::{
         attribute::{Attributes, Header, Messages, Writer},
         uapi::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR},
@@ -52,56 +45,8 @@ const FILTER_PROTO_DST_PORT: u32 = 1 << 5;
 
 /// From so many on, one listing of the whole table is cheaper than a walk of it for each.
 const LIST_FROM: usize = 32;
-/// How many batches may wait; with more, the oldest flows end when they pause.
-const QUEUE: usize = 1_024;
-
-/// Hands stale connections to the thread that removes them.
-#[derive(Clone, Debug)]
-pub(crate) struct Cleaner {
-    queue: mpsc::Sender<Vec<Stale>>,
-}
-
-impl Cleaner {
-    /// Starts the thread, in the network namespace of the calling one. It ends when the last
-    /// handle is dropped.
-    ///
-    /// # Errors
-    /// When the kernel has no connection tracking to talk to.
-    pub(crate) fn start(metrics: Metrics) -> io::Result<Self> {
-        let mut table = ConntrackTable::open()?;
-        let (queue, mut batches) = mpsc::channel::<Vec<Stale>>(QUEUE);
-        std::thread::Builder::new().name("proxy-conntrack".into()).spawn(move || {
-            while let Some(mut stale) = batches.blocking_recv() {
-                while let Ok(more) = batches.try_recv() {
-                    stale.extend(more);
-                }
-                let family = stale.first().map(|s| s.frontend.family);
-                let begin = std::time::Instant::now();
-                match table.forget(&stale) {
-                    Ok(deleted) => {
-                        if let Some(family) = family {
-                            metrics.conntrack_cleaned(family, deleted, begin.elapsed());
-                        }
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, count = stale.len(), "stale UDP connections not removed");
-                    }
-                }
-            }
-        })?;
-        Ok(Self { queue })
-    }
-
-    /// Has these connections forgotten soon.
-    pub(crate) fn forget(&self, stale: Vec<Stale>) {
-        if !stale.is_empty() && self.queue.try_send(stale).is_err() {
-            tracing::warn!("stale UDP connections stay: too many wait to be removed");
-        }
-    }
-}
-
-/// Address and port that clients use, and where they were sent; `None` for any.
-type Way = (Option<IpAddr>, u16, Option<(IpAddr, u16)>);
+/// Address, protocol and port that clients use, and where they were sent; `None` for any.
+type Way = (Option<IpAddr>, u8, u16, Option<(IpAddr, u16)>);
 
 /// A socket to the connection table.
 pub(crate) struct ConntrackTable {
@@ -124,7 +69,7 @@ impl ConntrackTable {
         Ok(Self { socket, sequence: 0, by_filter: true, buffer: Vec::new() })
     }
 
-    /// Removes the connections that went the stale ways. How many are known to have gone: the
+    /// Removes the connections of one family that went the stale ways. How many are known to have gone: the
     /// kernel doesn't count what its own filter removed.
     ///
     /// # Errors
@@ -136,6 +81,8 @@ impl ConntrackTable {
                 match self.delete_by_filter(one) {
                     Ok(()) => {}
                     Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                    // A kernel that doesn't know SCTP has no connections of it either.
+                    Err(_) if one.frontend.protocol == Protocol::Sctp => {}
                     Err(error) => {
                         tracing::debug!(%error, "the kernel doesn't delete connections by filter");
                         self.by_filter = false;
@@ -145,14 +92,7 @@ impl ConntrackTable {
             }
             return Ok(0);
         };
-        let family = first.frontend.family;
-        let (same, others): (Vec<_>, Vec<_>) =
-            stale.iter().cloned().partition(|s| s.frontend.family == family);
-        let mut deleted = self.delete_listed(&same)?;
-        if !others.is_empty() {
-            deleted += self.forget(&others)?;
-        }
-        Ok(deleted)
+        self.delete_listed(first.frontend.family, stale)
     }
 
     fn delete_by_filter(&mut self, stale: &Stale) -> io::Result<()> {
@@ -189,16 +129,34 @@ impl ConntrackTable {
         self.read_until(sequence, |_| {})
     }
 
-    fn delete_listed(&mut self, stale: &[Stale]) -> io::Result<u64> {
-        let Some(first) = stale.first() else { return Ok(0) };
-        let family = first.frontend.family.protocol_family();
+    fn delete_listed(&mut self, family: Family, stale: &[Stale]) -> io::Result<u64> {
         let wanted: HashSet<Way> = stale
             .iter()
             .map(|s| {
                 let endpoint = s.endpoint.map(|e| (e.address, e.port));
-                (s.frontend.address, s.frontend.port, endpoint)
+                (s.frontend.address, s.frontend.protocol.number(), s.frontend.port, endpoint)
             })
             .collect();
+        self.delete_where(family, |original, reply| {
+            let endpoint = Some((reply.source, reply.source_port));
+            let (protocol, port) = (original.protocol, original.destination_port);
+            [Some(original.destination), None].into_iter().any(|address| {
+                [endpoint, None].into_iter().any(|e| wanted.contains(&(address, protocol, port, e)))
+            })
+        })
+    }
+
+    /// Lists the connections of a family and removes those that fit, by what the client sent and
+    /// how answers come. How many there were.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub(crate) fn delete_where(
+        &mut self,
+        family: Family,
+        fits: impl Fn(&Tuple, &Tuple) -> bool,
+    ) -> io::Result<u64> {
+        let family = family.protocol_family();
         let sequence = self.send(IPCTNL_MSG_CT_GET, NLM_F_DUMP, family, |_| {})?;
         let mut found: Vec<(Vec<u8>, Option<Vec<u8>>)> = Vec::new();
         self.read_until(sequence, |attributes| {
@@ -208,16 +166,7 @@ impl ConntrackTable {
             else {
                 return;
             };
-            if original.protocol != Protocol::Udp.number() {
-                return;
-            }
-            let endpoint = Some((reply.source, reply.source_port));
-            let matches = [Some(original.destination), None].into_iter().any(|address| {
-                [endpoint, None]
-                    .into_iter()
-                    .any(|e| wanted.contains(&(address, original.destination_port, e)))
-            });
-            if matches {
+            if fits(&original, &reply) {
                 found.push((tuple.to_vec(), attributes.find(CTA_ID).map(<[u8]>::to_vec)));
             }
         })?;
@@ -301,12 +250,14 @@ fn write_address(w: &mut Writer, address: IpAddr, source: bool) {
     }
 }
 
-struct Tuple {
-    source: IpAddr,
-    destination: IpAddr,
-    protocol: u8,
-    source_port: u16,
-    destination_port: u16,
+/// One direction of a connection.
+#[derive(Debug)]
+pub(crate) struct Tuple {
+    pub(crate) source: IpAddr,
+    pub(crate) destination: IpAddr,
+    pub(crate) protocol: u8,
+    pub(crate) source_port: u16,
+    pub(crate) destination_port: u16,
 }
 
 fn read_tuple(bytes: &[u8]) -> Option<Tuple> {

@@ -1,0 +1,369 @@
+//! Which connections a change leaves behind. Nothing here does I/O.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+};
+
+use keelson_api::object::ObjectKey;
+
+use super::table::Tuple;
+use crate::{
+    backend::Stale,
+    model::{Endpoint, Family, Protocol, table::ServiceTable},
+    ruleset::{Action, AddressSet, Frontend, Lane, Unit, desired::Desired, desired::Outcome},
+};
+
+/// Remembers what frontends did at the last commit, until the next one.
+#[derive(Debug, Default)]
+pub(crate) struct Tracker {
+    /// Whether TCP counts.
+    tcp: bool,
+    before: HashMap<Frontend, Vec<Endpoint>>,
+    /// TCP connections to endpoints that get no new ones but are there still, by Service.
+    leaving: HashMap<ObjectKey, Vec<Stale>>,
+}
+
+impl Tracker {
+    /// Counts TCP connections to endpoints that are gone among the stale ones too.
+    pub(crate) fn with_tcp(tcp: bool) -> Self {
+        Self { tcp, ..Self::default() }
+    }
+
+    fn counts(&self, protocol: Protocol) -> bool {
+        protocol != Protocol::Tcp || self.tcp
+    }
+
+    /// Notes what frontends did before a change. Of several changes between two commits the first
+    /// one tells.
+    pub(crate) fn changed(&mut self, outcome: &Outcome) {
+        for (frontend, action) in &outcome.before {
+            if self.counts(frontend.protocol) {
+                self.before.entry(*frontend).or_insert_with(|| endpoints(Some(action)).to_vec());
+            }
+        }
+        for unit in &outcome.dirty {
+            if let Unit::Frontend(frontend) = unit
+                && self.counts(frontend.protocol)
+            {
+                self.before.entry(*frontend).or_default();
+            }
+        }
+    }
+
+    /// Which connections are stale now that everything desired is in force.
+    pub(crate) fn settle(&mut self, desired: &Desired, objects: &ServiceTable) -> Vec<Stale> {
+        let mut stale = Vec::new();
+        let mut closing = Vec::new();
+        for (frontend, before) in self.before.drain() {
+            let now = endpoints(desired.action(&frontend));
+            // Clients inside may still use an endpoint that those outside may not, and the kernel's
+            // entries look alike.
+            let other = other_lane(frontend);
+            let others = other.map_or(&[][..], |other| endpoints(desired.action(&other)));
+            if before.is_empty() && !now.is_empty() && frontend.protocol != Protocol::Tcp {
+                let untranslated = frontend.address.filter(|_| !others.is_empty());
+                let endpoint =
+                    untranslated.map(|address| Endpoint { address, port: frontend.port });
+                stale.push(Stale { frontend, endpoint });
+            }
+            let lost = before.into_iter().filter(|e| !now.contains(e) && !others.contains(e));
+            let lost = lost.map(|endpoint| Stale { frontend, endpoint: Some(endpoint) });
+            if frontend.protocol == Protocol::Tcp {
+                closing.extend(lost);
+            } else {
+                stale.extend(lost);
+            }
+        }
+        for one in closing {
+            let owner = desired.owner(&one.frontend).cloned().unwrap_or_default();
+            self.leaving.entry(owner).or_default().push(one);
+        }
+        // An endpoint that terminates gets no new connections, but those that it has may end well.
+        self.leaving.retain(|owner, waiting| {
+            let there: HashSet<IpAddr> = addresses(objects, owner).collect();
+            let (stay, gone) = waiting
+                .drain(..)
+                .partition(|s| s.endpoint.is_some_and(|e| there.contains(&e.address)));
+            *waiting = stay;
+            let gone: Vec<Stale> = gone;
+            stale.extend(gone);
+            !waiting.is_empty()
+        });
+        stale.sort_unstable_by_key(|s| (s.frontend, s.endpoint));
+        stale
+    }
+}
+
+fn addresses<'a>(
+    objects: &'a ServiceTable,
+    service: &'a ObjectKey,
+) -> impl Iterator<Item = IpAddr> + 'a {
+    objects.slices_of(service).flat_map(|slice| slice.endpoints.iter().map(|e| e.address))
+}
+
+fn endpoints(action: Option<&Action>) -> &[Endpoint] {
+    match action {
+        Some(Action::Forward { endpoints, .. }) => endpoints,
+        _ => &[],
+    }
+}
+
+/// The frontend of the same address and port for the other clients.
+fn other_lane(frontend: Frontend) -> Option<Frontend> {
+    let lane = match frontend.lane {
+        Lane::Address => Lane::AddressInside,
+        Lane::AddressInside => Lane::Address,
+        Lane::NodePort => Lane::NodePortInside,
+        Lane::NodePortInside => Lane::NodePort,
+    };
+    Some(Frontend { lane, ..frontend })
+}
+
+/// Where connections should go, all of it: to compare the kernel's whole table with.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    families: Vec<Family>,
+    frontends: HashMap<(Option<IpAddr>, Protocol, u16), Vec<Endpoint>>,
+    node_addresses: HashSet<IpAddr>,
+    /// Every endpoint's address, ready or not, if TCP counts.
+    alive: Option<HashSet<IpAddr>>,
+}
+
+impl Expected {
+    /// What follows from all that is desired.
+    pub(crate) fn of(
+        desired: &Desired,
+        objects: &ServiceTable,
+        families: &[Family],
+        tcp: bool,
+    ) -> Self {
+        let mut frontends: HashMap<_, Vec<Endpoint>> = HashMap::new();
+        let mut node_addresses = HashSet::new();
+        for unit in desired.units() {
+            match unit {
+                Unit::Frontend(frontend) if tcp || frontend.protocol != Protocol::Tcp => {
+                    let key = (frontend.address, frontend.protocol, frontend.port);
+                    let all = frontends.entry(key).or_default();
+                    all.extend_from_slice(endpoints(desired.action(&frontend)));
+                }
+                Unit::Address(AddressSet::NodeAddresses, address) => {
+                    node_addresses.insert(address);
+                }
+                _ => {}
+            }
+        }
+        let alive = tcp.then(|| objects.keys().flat_map(|key| addresses(objects, key)).collect());
+        Self { families: families.to_vec(), frontends, node_addresses, alive }
+    }
+
+    /// Which families there are.
+    pub(crate) fn families(&self) -> impl Iterator<Item = Family> {
+        self.families.iter().copied()
+    }
+
+    /// Whether a connection, as its client sees it and as the answers come, should be forgotten.
+    pub(crate) fn is_stale(&self, original: &Tuple, reply: &Tuple) -> bool {
+        let Some(protocol) = Protocol::from_number(original.protocol) else { return false };
+        let server = Endpoint { address: reply.source, port: reply.source_port };
+        let to = (original.destination, original.destination_port);
+        let translated = (server.address, server.port) != to;
+        let known = self.frontends.get(&(Some(to.0), protocol, to.1)).or_else(|| {
+            // What is for this machine itself has no business with a node port's endpoints.
+            let for_node = translated || self.node_addresses.contains(&to.0);
+            self.frontends.get(&(None, protocol, to.1)).filter(|_| for_node)
+        });
+        let Some(endpoints) = known else { return false };
+        if protocol == Protocol::Tcp {
+            let alive = self.alive.as_ref();
+            return translated && alive.is_some_and(|alive| !alive.contains(&server.address));
+        }
+        if endpoints.is_empty() { translated } else { !endpoints.contains(&server) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        model::objects::{Hint, Slice, SliceEndpoint},
+        ruleset::{Masquerade, desired::ServiceRules},
+    };
+
+    fn endpoint(last: u8) -> Endpoint {
+        Endpoint { address: [10, 0, 0, last].into(), port: 8080 }
+    }
+
+    fn forward(lasts: &[u8]) -> Action {
+        if lasts.is_empty() {
+            return Action::Reject;
+        }
+        Action::Forward {
+            endpoints: lasts.iter().map(|n| endpoint(*n)).collect(),
+            masquerade: Masquerade::OffCluster,
+            affinity: None,
+            sources: None,
+        }
+    }
+
+    fn frontend(protocol: Protocol, lane: Lane) -> Frontend {
+        let address = lane.with_address().then(|| [10, 96, 0, 1].into());
+        Frontend { family: Family::V4, lane, address, protocol, port: 80 }
+    }
+
+    fn key() -> ObjectKey {
+        ObjectKey::new("d", "s")
+    }
+
+    fn want(desired: &mut Desired, tracker: &mut Tracker, frontends: Vec<(Frontend, Action)>) {
+        let rules = ServiceRules { created: 1, frontends, addresses: Vec::new() };
+        tracker.changed(&desired.replace(&key(), Some(rules)));
+    }
+
+    fn slice_of(lasts: &[u8]) -> Slice {
+        let endpoints = lasts.iter().map(|n| SliceEndpoint {
+            address: endpoint(*n).address,
+            ready: false,
+            serving: true,
+            terminating: true,
+            local: false,
+            maybe_local: false,
+            node_hint: Hint::Absent,
+            zone_hint: Hint::Absent,
+        });
+        Slice {
+            service: key(),
+            family: Family::V4,
+            ports: Vec::new(),
+            endpoints: endpoints.collect::<Vec<_>>().into(),
+            triggered: None,
+        }
+    }
+
+    #[test]
+    fn endpoints_that_a_udp_frontend_lost_are_stale_and_so_is_its_past_without_any() {
+        type Case<'a> = (&'a str, &'a [u8], &'a [u8], &'a [Option<u8>]);
+        let table: &[Case<'_>] = &[
+            ("nothing changed", &[1, 2], &[1, 2], &[]),
+            ("one more", &[1], &[1, 2], &[]),
+            ("one less", &[1, 2], &[2], &[Some(1)]),
+            ("another", &[1], &[2], &[Some(1)]),
+            ("none left", &[1, 2], &[], &[Some(1), Some(2)]),
+            ("the first", &[], &[1], &[None]),
+        ];
+        for protocol in [Protocol::Udp, Protocol::Sctp, Protocol::Tcp] {
+            for (what, before, after, expected) in table {
+                let frontend = frontend(protocol, Lane::Address);
+                let (mut desired, mut tracker) = (Desired::default(), Tracker::default());
+                let objects = ServiceTable::default();
+                want(&mut desired, &mut tracker, vec![(frontend, forward(before))]);
+                tracker.settle(&desired, &objects);
+                want(&mut desired, &mut tracker, vec![(frontend, forward(&[9]))]);
+                want(&mut desired, &mut tracker, vec![(frontend, forward(after))]);
+                let found: Vec<_> =
+                    tracker.settle(&desired, &objects).into_iter().map(|s| s.endpoint).collect();
+                let expected: Vec<_> = expected.iter().map(|e| e.map(endpoint)).collect();
+                let expected = if protocol == Protocol::Tcp { Vec::new() } else { expected };
+                assert_eq!(found, expected, "{protocol} {what}");
+            }
+        }
+    }
+
+    #[test]
+    fn tcp_counts_when_asked_for_once_the_endpoint_is_gone_altogether() {
+        let frontend = frontend(Protocol::Tcp, Lane::Address);
+        let (mut desired, mut tracker) = (Desired::default(), Tracker::with_tcp(true));
+        let mut objects = ServiceTable::default();
+        let slice = ObjectKey::new("d", "s-1");
+        objects.set_slice(&slice, Some(slice_of(&[1, 2])));
+        want(&mut desired, &mut tracker, vec![(frontend, forward(&[1, 2]))]);
+        tracker.settle(&desired, &objects);
+        want(&mut desired, &mut tracker, vec![(frontend, forward(&[2]))]);
+        assert_eq!(tracker.settle(&desired, &objects), [], "it only terminates");
+        objects.set_slice(&slice, Some(slice_of(&[2])));
+        let stale = Stale { frontend, endpoint: Some(endpoint(1)) };
+        assert_eq!(tracker.settle(&desired, &objects), [stale]);
+        assert_eq!(tracker.settle(&desired, &objects), []);
+    }
+
+    #[test]
+    fn what_clients_inside_may_use_is_not_stale() {
+        let outside = frontend(Protocol::Udp, Lane::NodePort);
+        let inside = frontend(Protocol::Udp, Lane::NodePortInside);
+        let (mut desired, mut tracker) = (Desired::default(), Tracker::default());
+        let objects = ServiceTable::default();
+        let both = |local: &[u8]| vec![(outside, forward(local)), (inside, forward(&[1, 2]))];
+        want(&mut desired, &mut tracker, both(&[1]));
+        tracker.settle(&desired, &objects);
+        want(&mut desired, &mut tracker, both(&[2]));
+        assert_eq!(tracker.settle(&desired, &objects), []);
+    }
+
+    #[test]
+    fn a_start_finds_what_went_meanwhile() {
+        let address: IpAddr = [10, 96, 0, 1].into();
+        let node: IpAddr = [192, 0, 2, 1].into();
+        let mut desired = Desired::default();
+        let rules = ServiceRules {
+            created: 1,
+            frontends: vec![
+                (frontend(Protocol::Udp, Lane::Address), forward(&[1])),
+                (frontend(Protocol::Udp, Lane::NodePort), forward(&[1])),
+                (frontend(Protocol::Tcp, Lane::Address), forward(&[1])),
+            ],
+            addresses: vec![(AddressSet::NodeAddresses, node)],
+        };
+        desired.replace(&key(), Some(rules));
+        let mut objects = ServiceTable::default();
+        objects.set_slice(&ObjectKey::new("d", "s-1"), Some(slice_of(&[1])));
+        let service = |port| crate::model::objects::Service {
+            uid: String::new(),
+            created: 1,
+            addresses: vec![address],
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            source_ranges: None::<Arc<[_]>>,
+            health_check_node_port: port,
+            ports: Vec::new(),
+            internal_policy: crate::model::objects::TrafficPolicy::Cluster,
+            external_policy: crate::model::objects::TrafficPolicy::Cluster,
+            affinity: None,
+        };
+        objects.set_service(&key(), Some(service(None)));
+        let (udp, tcp) = (Protocol::Udp, Protocol::Tcp);
+        let table = [
+            ("to its endpoint", udp, address, 80, endpoint(1), false),
+            ("to one that is gone", udp, address, 80, endpoint(2), true),
+            ("to nobody", udp, address, 80, Endpoint { address, port: 80 }, true),
+            ("another port", udp, address, 81, endpoint(2), false),
+            ("a node port", udp, node, 80, endpoint(2), true),
+            ("the node's own", udp, node, 80, Endpoint { address: node, port: 80 }, true),
+            ("TCP to one that is there", tcp, address, 80, endpoint(1), false),
+            ("TCP to one that is gone", tcp, address, 80, endpoint(2), true),
+        ];
+        for tcp_counts in [false, true] {
+            let expected = Expected::of(&desired, &objects, &[Family::V4], tcp_counts);
+            for (what, protocol, destination, destination_port, server, stale) in &table {
+                let client: IpAddr = [198, 51, 100, 1].into();
+                let original = Tuple {
+                    source: client,
+                    destination: *destination,
+                    protocol: protocol.number(),
+                    source_port: 1024,
+                    destination_port: *destination_port,
+                };
+                let reply = Tuple {
+                    source: server.address,
+                    destination: client,
+                    protocol: protocol.number(),
+                    source_port: server.port,
+                    destination_port: 1024,
+                };
+                let stale = *stale && (tcp_counts || *protocol != tcp);
+                assert_eq!(expected.is_stale(&original, &reply), stale, "{what}");
+            }
+        }
+    }
+}

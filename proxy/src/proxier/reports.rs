@@ -1,0 +1,142 @@
+//! What the loop tells: metrics, events and log lines.
+
+use std::{collections::HashMap, time::Instant};
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use keelson_api::{
+    events::{EventRecorder, EventType},
+    object::ObjectKey,
+};
+
+use crate::{
+    backend::Applied,
+    conntrack::Cleaner,
+    health::Health,
+    metrics::Metrics,
+    model::{
+        Family, Problem,
+        table::{ServiceTable, WithoutLocal},
+    },
+    ruleset::{Unit, desired::Desired},
+};
+
+/// All that the loop reports to.
+pub(crate) struct Reports {
+    pub(crate) metrics: Metrics,
+    pub(crate) health: Health,
+    pub(crate) events: EventRecorder,
+    pub(crate) conntrack: Option<Cleaner>,
+}
+
+/// Service ports whose policy is Local and that have endpoints, but none on this node.
+#[derive(Debug, Default)]
+pub(super) struct LocalEndpoints(HashMap<ObjectKey, Vec<WithoutLocal>>);
+
+impl LocalEndpoints {
+    /// Looks at a Service again.
+    pub(super) fn note(&mut self, key: &ObjectKey, objects: &ServiceTable, families: &[Family]) {
+        let without = objects.without_local_endpoints(key, families);
+        if without.is_empty() {
+            self.0.remove(key);
+        } else {
+            self.0.insert(key.clone(), without);
+        }
+    }
+
+    /// Sets the gauges.
+    pub(super) fn tell(&self, metrics: &Metrics, families: &[Family]) {
+        for family in families {
+            let mut counts = (0, 0);
+            for one in self.0.values().flatten().filter(|one| one.family == *family) {
+                counts.0 += i64::from(one.internal);
+                counts.1 += i64::from(one.external);
+            }
+            metrics.without_local_endpoints(*family, counts.0, counts.1);
+        }
+    }
+}
+
+/// Tells of what is wrong with a Service, as events on it.
+pub(super) fn report(
+    events: &EventRecorder,
+    objects: &ServiceTable,
+    key: &ObjectKey,
+    problems: &[Problem],
+) {
+    if problems.is_empty() {
+        return;
+    }
+    let object = ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Service".into()),
+        namespace: Some(key.namespace.clone()),
+        name: Some(key.name.clone()),
+        uid: objects.uid(key).map(str::to_owned),
+        ..ObjectReference::default()
+    };
+    for problem in problems {
+        tracing::warn!(service = %key, reason = problem.reason, "{}", problem.message);
+        events.event(&object, EventType::Warning, problem.reason, problem.message.clone());
+    }
+}
+
+/// Tells of a commit.
+pub(super) fn written(
+    reports: &Reports,
+    family: Family,
+    full: bool,
+    begin: Instant,
+    applied: &Applied,
+) {
+    let took = begin.elapsed();
+    reports.metrics.synced(family, full, took);
+    if let Some(why) = &applied.rebuilt {
+        tracing::info!(
+            family = family.as_str(),
+            why,
+            elements = applied.elements,
+            ?took,
+            "rules made anew"
+        );
+    } else if full {
+        tracing::info!(
+            family = family.as_str(),
+            elements = applied.elements,
+            ?took,
+            "rules compared with the kernel's"
+        );
+    } else {
+        tracing::debug!(
+            family = family.as_str(),
+            elements = applied.elements,
+            ?took,
+            "rules changed"
+        );
+    }
+}
+
+/// Tells of what the kernel refused.
+pub(super) fn refused(
+    reports: &Reports,
+    objects: &ServiceTable,
+    desired: &Desired,
+    applied: &Applied,
+) {
+    for (unit, error) in &applied.refused {
+        reports.metrics.failed(unit.family(), false);
+        match unit {
+            Unit::Frontend(frontend) => {
+                let Some(owner) = desired.owner(frontend) else {
+                    tracing::error!(%frontend, %error, "the kernel keeps a rule that should go");
+                    continue;
+                };
+                let message = format!("{frontend} keeps its old rules: {error}");
+                let problem = Problem::new("FailedToUpdateRules", message);
+                report(&reports.events, objects, owner, &[problem]);
+            }
+            Unit::Address(_, address) => {
+                tracing::error!(%address, %error, "the kernel refused an address");
+            }
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Which backend puts the rules into force, and what the others left.
+//!
+//! The mode that was asked for comes first. Where the machine can't do it the next one is taken,
+//! and that is said loudly: a node whose Services answer in another way is worth more than one
+//! whose Services don't answer. Rules of other modes, and of kube-proxy, are removed once the new
+//! ones are in force, so that no packet finds neither.
+
+use crate::{
+    ProxyError,
+    backend::Backend,
+    config::{Mode, ProxyConfig},
+    kernel,
+    metrics::Metrics,
+    model::Family,
+    nftables::{apply::Table, batch::Batch, rules::Layout, socket::NftSocket},
+};
+
+/// The oldest kernel whose nftables has all that the rules need; kube-proxy's nftables mode asks
+/// for the same.
+pub(crate) const KERNEL_MIN: (u32, u32) = (5, 13);
+/// kube-proxy's own table in its nftables mode.
+const KUBE_PROXY_TABLE: &str = "kube-proxy";
+
+/// The mode in force, with what it needs.
+pub(crate) struct Chosen {
+    pub(crate) mode: Mode,
+    /// One for each family, the primary one first.
+    pub(crate) backends: Vec<Box<dyn Backend>>,
+    /// The netlink sockets that write, so that a monitor doesn't take them for others.
+    pub(crate) ports: Vec<u32>,
+}
+
+impl std::fmt::Debug for Chosen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Chosen").field("mode", &self.mode).field("ports", &self.ports).finish()
+    }
+}
+
+impl Chosen {
+    /// Which families are served.
+    pub(crate) fn families(&self) -> Vec<Family> {
+        self.backends.iter().map(|backend| backend.family()).collect()
+    }
+}
+
+/// Opens the backends of the mode that was asked for, or of the next that works.
+///
+/// # Errors
+/// When none works: why the one that was asked for doesn't.
+pub(crate) fn choose(config: &ProxyConfig) -> Result<Chosen, ProxyError> {
+    let mut first = None;
+    for mode in order(config.mode) {
+        match open(mode, config) {
+            Ok(chosen) => {
+                if mode != config.mode {
+                    tracing::error!(
+                        asked = config.mode.as_str(),
+                        mode = mode.as_str(),
+                        "the mode that was asked for doesn't work here; another one is in force"
+                    );
+                }
+                if mode == Mode::Userspace {
+                    tracing::warn!(
+                        "userspace mode: connections are relayed by this process, and endpoints \
+                         see the node's address instead of the client's"
+                    );
+                }
+                return Ok(chosen);
+            }
+            Err(error) => {
+                tracing::error!(%error, mode = mode.as_str(), "this mode doesn't work here");
+                first.get_or_insert(error);
+            }
+        }
+    }
+    Err(first.unwrap_or(ProxyError::Ended))
+}
+
+/// The mode that was asked for, then packet filters, then relays.
+fn order(asked: Mode) -> Vec<Mode> {
+    let mut order = vec![asked];
+    if asked != Mode::Userspace {
+        order.extend([Mode::Nftables, Mode::Iptables].into_iter().filter(|mode| *mode != asked));
+        order.push(Mode::Userspace);
+    }
+    order
+}
+
+fn open(mode: Mode, config: &ProxyConfig) -> Result<Chosen, ProxyError> {
+    let mut chosen = Chosen { mode, backends: Vec::new(), ports: Vec::new() };
+    let primary = config.primary_family();
+    for family in config.wanted_families() {
+        let opened = if family == Family::V6 && !kernel_has_ipv6() {
+            Err(ProxyError::NoIpv6)
+        } else {
+            open_family(mode, config, family, &mut chosen.ports)
+        };
+        match opened {
+            Ok(backend) => chosen.backends.push(backend),
+            Err(error) if family == primary => return Err(error),
+            Err(error) => tracing::warn!(
+                %error,
+                family = family.as_str(),
+                mode = mode.as_str(),
+                "this family is not served"
+            ),
+        }
+    }
+    Ok(chosen)
+}
+
+fn open_family(
+    mode: Mode,
+    config: &ProxyConfig,
+    family: Family,
+    ports: &mut Vec<u32>,
+) -> Result<Box<dyn Backend>, ProxyError> {
+    match mode {
+        Mode::Nftables => {
+            check_kernel()?;
+            let mut table = Table::open(layout(config, family)).map_err(kernel)?;
+            table.probe().map_err(kernel)?;
+            ports.push(table.port());
+            Ok(Box::new(table))
+        }
+        Mode::Iptables | Mode::Userspace => Err(ProxyError::NotBuilt(mode.as_str())),
+    }
+}
+
+/// What of the configuration is in the rules of the nftables mode.
+pub(crate) fn layout(config: &ProxyConfig, family: Family) -> Layout {
+    Layout {
+        family,
+        detect_local: config.detect_local.clone(),
+        masquerade_all: config.masquerade_all,
+        masquerade_mark: config.masquerade_mark(),
+        node_port_addresses: config.node_port_addresses.clone(),
+    }
+}
+
+/// Removes what other modes and kube-proxy left, in the network namespace of the calling thread.
+/// What can't be removed is logged.
+pub(crate) fn remove_others(mode: Mode, metrics: Option<&Metrics>) -> Result<(), ProxyError> {
+    let mut result = Ok(());
+    for family in [Family::V4, Family::V6] {
+        if family == Family::V6 && !kernel_has_ipv6() {
+            continue;
+        }
+        let mut failed = |error: ProxyError| {
+            tracing::warn!(%error, family = family.as_str(), "rules of other modes stay");
+            if let Some(metrics) = metrics {
+                metrics.cleanup_failed(family);
+            }
+            result = Err(error);
+        };
+        if let Err(error) = remove_kube_proxy_table(family) {
+            failed(error);
+        }
+        if mode != Mode::Nftables
+            && let Err(error) = remove_table(family)
+        {
+            failed(error);
+        }
+    }
+    result
+}
+
+/// Removes the rules of every mode, and kube-proxy's.
+///
+/// # Errors
+/// When something can't be removed; the rest is tried all the same.
+pub(crate) fn remove_all() -> Result<(), ProxyError> {
+    let mut result = Ok(());
+    for family in [Family::V4, Family::V6] {
+        if family == Family::V6 && !kernel_has_ipv6() {
+            continue;
+        }
+        result = result.and(remove_table(family));
+    }
+    result.and(remove_others(Mode::Nftables, None))
+}
+
+fn remove_table(family: Family) -> Result<(), ProxyError> {
+    let config = ProxyConfig::new("");
+    let mut table = Table::open(layout(&config, family)).map_err(kernel)?;
+    table.remove().map_err(kernel)
+}
+
+fn remove_kube_proxy_table(family: Family) -> Result<(), ProxyError> {
+    let mut batch = Batch::new(family);
+    batch.delete_other_table(KUBE_PROXY_TABLE);
+    match NftSocket::open().and_then(|mut socket| socket.commit(&mut batch)) {
+        Err(error) if error.errno() == Some(libc::ENOENT) => Ok(()),
+        Err(error) => Err(kernel(error)),
+        Ok(()) => {
+            tracing::info!(family = family.as_str(), "kube-proxy's own table is removed");
+            Ok(())
+        }
+    }
+}
+
+/// Whether the kernel has IPv6 in this network namespace at all; where it is only switched off for
+/// interfaces there is nothing to serve either, but rules do no harm.
+pub(crate) fn kernel_has_ipv6() -> bool {
+    std::path::Path::new("/proc/thread-self/net/if_inet6").exists()
+}
+
+fn check_kernel() -> Result<(), ProxyError> {
+    let names = nix::sys::utsname::uname().map_err(|errno| ProxyError::Io {
+        doing: "ask for the kernel's release",
+        source: errno.into(),
+    })?;
+    let release = names.release().to_string_lossy().into_owned();
+    if kernel_is_too_old(&release) {
+        return Err(ProxyError::KernelTooOld { found: release });
+    }
+    Ok(())
+}
+
+/// A release that can't be read is tried: the kernel itself says what it lacks.
+fn kernel_is_too_old(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < KERNEL_MIN,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netns::Namespace;
+
+    #[test]
+    fn old_kernels_are_named() {
+        for (release, old) in [
+            ("6.18.44-fc", false),
+            ("5.13.0", false),
+            ("5.12.19-generic", true),
+            ("4.19.0", true),
+            ("unknown", false),
+        ] {
+            assert_eq!(kernel_is_too_old(release), old, "{release}");
+        }
+    }
+
+    #[test]
+    fn what_was_asked_for_comes_first_and_relays_last() {
+        use Mode::{Iptables, Nftables, Userspace};
+        assert_eq!(order(Nftables), [Nftables, Iptables, Userspace]);
+        assert_eq!(order(Iptables), [Iptables, Nftables, Userspace]);
+        assert_eq!(order(Userspace), [Userspace]);
+    }
+
+    #[test]
+    fn kube_proxys_own_tables_go_and_others_stay() {
+        let host = Namespace::new();
+        host.sh("nft add table ip kube-proxy; nft add table ip6 kube-proxy; nft add table ip mine");
+        host.run(|| remove_all().unwrap());
+        assert_eq!(host.sh("nft list tables").trim(), "table ip mine");
+        host.run(|| remove_all().unwrap());
+    }
+}
