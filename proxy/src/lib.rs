@@ -34,6 +34,8 @@ mod model;
 #[cfg(test)]
 mod netns;
 mod nftables;
+#[cfg(test)]
+mod packets;
 mod proxier;
 mod ruleset;
 #[cfg(test)]

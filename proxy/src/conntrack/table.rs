@@ -75,8 +75,11 @@ impl ConntrackTable {
     /// # Errors
     /// When the kernel refuses.
     pub(crate) fn forget(&mut self, stale: &[Stale]) -> io::Result<u64> {
-        let (Some(first), true) = (stale.first(), stale.len() >= LIST_FROM || !self.by_filter)
-        else {
+        let Some(family) = stale.first().map(|one| one.frontend.family) else { return Ok(0) };
+        // The kernel's filter (seen in 6.18) compares IPv6 addresses the wrong way round: it spares
+        // what it was asked for and would take the others.
+        let by_filter = self.by_filter && family == Family::V4;
+        if by_filter && stale.len() < LIST_FROM {
             for (done, one) in stale.iter().enumerate() {
                 match self.delete_by_filter(one) {
                     Ok(()) => {}
@@ -91,8 +94,8 @@ impl ConntrackTable {
                 }
             }
             return Ok(0);
-        };
-        self.delete_listed(first.frontend.family, stale)
+        }
+        self.delete_listed(family, stale)
     }
 
     fn delete_by_filter(&mut self, stale: &Stale) -> io::Result<()> {

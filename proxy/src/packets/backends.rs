@@ -1,0 +1,185 @@
+//! From objects to a backend, one change at a time and without the loop, in a host's namespace.
+
+use std::sync::{Arc, Mutex};
+
+use keelson_api::object::ObjectKey;
+use serde_json::Value;
+
+use super::fixture::{Addresses, POD_RANGES};
+use crate::{
+    DetectLocal, Mode, ProxyConfig,
+    backend::{Applied, Backend, Goal},
+    conntrack::{ConntrackTable, stale::Tracker},
+    model::{
+        Family,
+        objects::{Place, Service, Slice},
+        table::ServiceTable,
+    },
+    netns::Namespace,
+    ruleset::{
+        AddressSet, Unit,
+        desired::{Desired, ServiceRules},
+    },
+    start,
+};
+
+/// The configuration that tests begin with: pods are told by their range.
+pub(super) fn config(mode: Mode) -> ProxyConfig {
+    let ranges = POD_RANGES.iter().map(|range| range.parse().unwrap()).collect();
+    ProxyConfig { mode, detect_local: DetectLocal::Ranges(ranges), ..ProxyConfig::new("here") }
+}
+
+/// Opens the backend of one family, in the namespace of the calling thread.
+fn open(config: &ProxyConfig, family: Family) -> Box<dyn Backend> {
+    let config = ProxyConfig { families: vec![family], ..config.clone() };
+    let mut chosen = start::choose(&config).unwrap();
+    assert_eq!(chosen.mode, config.mode);
+    chosen.backends.remove(0)
+}
+
+struct State {
+    objects: ServiceTable,
+    desired: Desired,
+    backend: Box<dyn Backend>,
+    stale: Tracker,
+    family: Family,
+}
+
+/// Everything between objects and packets, but for the loop.
+pub(super) struct Proxy<'a> {
+    host: &'a Namespace,
+    config: ProxyConfig,
+    family: Family,
+    state: Arc<Mutex<State>>,
+    runtime: Arc<tokio::runtime::Runtime>,
+}
+
+impl<'a> Proxy<'a> {
+    /// A proxy that knows of nothing but the node's address. What the kernel holds is compared.
+    pub(super) fn start(host: &'a Namespace, config: &ProxyConfig, family: Family) -> Self {
+        let runtime = host.run(|| {
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()
+        });
+        let runtime = Arc::new(runtime.unwrap());
+        let (opened, entered) = (config.clone(), Arc::clone(&runtime));
+        let backend = host.run(move || {
+            let _guard = entered.enter();
+            open(&opened, family)
+        });
+        let mut desired = Desired::default();
+        let node = ServiceRules {
+            addresses: vec![(AddressSet::NodeAddresses, Addresses(family).node())],
+            ..ServiceRules::default()
+        };
+        desired.replace(&ObjectKey::default(), Some(node));
+        let state = State {
+            objects: ServiceTable::default(),
+            desired,
+            backend,
+            stale: Tracker::default(),
+            family,
+        };
+        let state = Arc::new(Mutex::new(state));
+        Self { host, config: config.clone(), family, state, runtime }
+    }
+
+    /// Another proxy that knows the same objects, as after a restart. This one is not used again.
+    pub(super) fn restarted(self) -> Self {
+        let again = Self::start(self.host, &self.config, self.family);
+        {
+            let (mut old, mut new) = (self.state.lock().unwrap(), again.state.lock().unwrap());
+            std::mem::swap(&mut old.objects, &mut new.objects);
+            std::mem::swap(&mut old.desired, &mut new.desired);
+        }
+        again
+    }
+
+    /// Does something with the backend, in the host's namespace.
+    fn with<T: Send + 'static>(&self, act: impl FnOnce(&mut State) -> T + Send + 'static) -> T {
+        let (state, runtime) = (Arc::clone(&self.state), Arc::clone(&self.runtime));
+        self.host.run(move || {
+            let _guard = runtime.enter();
+            let mut state = state.lock().unwrap();
+            act(&mut state)
+        })
+    }
+
+    /// Takes in a Service or EndpointSlice as it is now.
+    pub(super) fn set(&self, object: Value) -> Applied {
+        self.with(move |state| {
+            let key = key(&object);
+            let touched = if object["kind"] == "Service" {
+                let (service, problems) = Service::read(&serde_json::from_value(object).unwrap());
+                assert_eq!(problems, []);
+                state.objects.set_service(&key, service);
+                vec![key]
+            } else {
+                let (slice, problems) =
+                    Slice::read(&serde_json::from_value(object).unwrap(), &place());
+                assert_eq!(problems, []);
+                state.objects.set_slice(&key, slice)
+            };
+            state.commit(&touched)
+        })
+    }
+
+    /// Takes in that an object of this kind is gone.
+    pub(super) fn remove(&self, kind: &str, name: &str) -> Applied {
+        let (service, key) = (kind == "Service", ObjectKey::new("d", name));
+        self.with(move |state| {
+            let touched = if service {
+                state.objects.set_service(&key, None);
+                vec![key]
+            } else {
+                state.objects.set_slice(&key, None)
+            };
+            state.commit(&touched)
+        })
+    }
+
+    /// Compares all with what is in force.
+    pub(super) fn synchronize(&self) -> Applied {
+        self.with(|state| {
+            let goal = Goal { desired: &state.desired, objects: &state.objects };
+            let applied = state.backend.synchronize(goal).unwrap();
+            assert!(applied.refused.is_empty(), "{:?}", applied.refused);
+            applied
+        })
+    }
+
+    /// Takes all rules away.
+    pub(super) fn clear(&self) {
+        self.with(|state| state.backend.remove().unwrap());
+    }
+}
+
+impl State {
+    fn commit(&mut self, touched: &[ObjectKey]) -> Applied {
+        let mut dirty: Vec<Unit> = Vec::new();
+        for key in touched {
+            let rules = self.objects.rules(key, &[self.family]).map(|(rules, _)| rules);
+            let outcome = self.desired.replace(key, rules);
+            self.stale.changed(&outcome);
+            dirty.extend(outcome.dirty);
+        }
+        let goal = Goal { desired: &self.desired, objects: &self.objects };
+        let applied = self.backend.apply(&dirty, goal).unwrap();
+        assert!(applied.refused.is_empty(), "{:?}", applied.refused);
+        if self.backend.tracks_connections() {
+            let stale = self.stale.settle(&self.desired, &self.objects);
+            ConntrackTable::open().unwrap().forget(&stale).unwrap();
+        }
+        self.backend.forget(&applied.aftermath.forget).unwrap();
+        applied
+    }
+}
+
+/// Where tests take place.
+pub(super) fn place() -> Place {
+    Place { node: "here".into(), zone: Some("zone-a".into()) }
+}
+
+pub(super) fn key(object: &Value) -> ObjectKey {
+    let text = |field: &str| object["metadata"][field].as_str().unwrap();
+    ObjectKey::new(text("namespace"), text("name"))
+}

@@ -1,0 +1,334 @@
+//! A node in network namespaces, with clients and pods of both families around it.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::mpsc::Sender,
+    time::{Duration, Instant},
+};
+
+use tokio::net::TcpSocket;
+
+use crate::{
+    model::{Family, Protocol},
+    netns::Namespace,
+};
+
+/// How long what must happen may take.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// After so long without an answer there is none. TCP's own second try comes after a second.
+const SILENCE: Duration = Duration::from_millis(500);
+/// How many addresses clients outside the cluster have.
+pub(super) const CLIENTS: u8 = 16;
+/// How many pods there are.
+pub(super) const PODS: u8 = 4;
+/// Pods listen on both, so that it shows which one was meant.
+pub(super) const POD_PORTS: [u16; 2] = [8080, 9090];
+/// The number by which an endpoint on the node's own address answers.
+pub(super) const ON_NODE: u8 = 100;
+
+/// The addresses of one family that things have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Addresses(pub(super) Family);
+
+impl Addresses {
+    fn either(self, v4: [u8; 4], v6: [u16; 8]) -> IpAddr {
+        match self.0 {
+            Family::V4 => v4.into(),
+            Family::V6 => Ipv6Addr::from(v6).into(),
+        }
+    }
+
+    /// A Service's cluster address.
+    pub(super) fn cluster(self, n: u8) -> IpAddr {
+        self.either([10, 96, 0, n], [0xfd00, 0x96, 0, 0, 0, 0, 0, n.into()])
+    }
+
+    /// An address for the outside.
+    pub(super) fn external(self, n: u8) -> IpAddr {
+        self.either([198, 51, 100, n], [0x2001, 0xdb8, 0x51, 0, 0, 0, 0, n.into()])
+    }
+
+    /// The node's primary address.
+    pub(super) fn node(self) -> IpAddr {
+        self.either([192, 0, 2, 1], [0x2001, 0xdb8, 2, 0, 0, 0, 0, 1])
+    }
+
+    /// Another address of the node.
+    pub(super) fn node_other(self) -> IpAddr {
+        self.either([203, 0, 113, 1], [0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 1])
+    }
+
+    /// The node's address for itself.
+    pub(super) fn loopback(self) -> IpAddr {
+        self.either([127, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1])
+    }
+
+    /// A client outside the cluster: the first, the second and so on.
+    pub(super) fn client(self, n: u8) -> IpAddr {
+        self.either([192, 0, 2, 1 + n], [0x2001, 0xdb8, 2, 0, 0, 0, 0, 1 + u16::from(n)])
+    }
+
+    /// A pod.
+    pub(super) fn pod(self, n: u8) -> IpAddr {
+        self.either([10, 244, n, 2], [0xfd00, 0x10, 0, 0, 0, 0, n.into(), 2])
+    }
+
+    /// The node's address towards a pod.
+    pub(super) fn gateway(self, n: u8) -> IpAddr {
+        self.either([10, 244, n, 1], [0xfd00, 0x10, 0, 0, 0, 0, n.into(), 1])
+    }
+
+    /// A range with nothing but this address.
+    pub(super) fn only(self, address: IpAddr) -> String {
+        format!("{address}/{}", if self.0 == Family::V4 { 32 } else { 128 })
+    }
+}
+
+/// Ranges of pods in both families.
+pub(super) const POD_RANGES: [&str; 2] = ["10.244.0.0/16", "fd00:10::/64"];
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum From {
+    /// A client outside the cluster, by one of its addresses.
+    Client(u8),
+    /// The node itself.
+    Node,
+    /// A pod.
+    Pod(u8),
+}
+
+/// What came of one connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Answer {
+    /// This endpoint answered on this port, and saw this address.
+    By(u8, u16, IpAddr),
+    /// It was refused at once.
+    Refused,
+    /// It was taken and closed without an answer.
+    Closed,
+    /// Nothing came back.
+    Silence,
+    /// Something else went wrong.
+    Failed(ErrorKind),
+}
+
+/// The network.
+pub(super) struct Net {
+    pub(super) host: Namespace,
+    client: Namespace,
+    pods: Vec<Namespace>,
+    /// Who leads packets without a better way out of the host.
+    _nowhere: Namespace,
+}
+
+impl Net {
+    /// Makes it, with a server in each pod and one on the node. Needs root.
+    pub(super) fn new() -> Self {
+        let (host, client, nowhere) = (Namespace::new(), Namespace::new(), Namespace::new());
+        let both = [Addresses(Family::V4), Addresses(Family::V6)];
+        host.sh(
+            "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 \
+             net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0 net.ipv4.icmp_msgs_per_sec=100000",
+        );
+        host.join("client", &client, "eth0");
+        // A way out of its own: sent back where it came from, a packet would be answered with a
+        // redirect.
+        host.join("out", &nowhere, "eth0");
+        nowhere.sh("ip link set eth0 arp off; sysctl -qw net.ipv6.conf.all.disable_ipv6=1");
+        for a in both {
+            let (_, short) = prefixes(a);
+            add(&host, "client", a.node(), short);
+            add(&host, "out", a.node_other(), short);
+            for n in 1..=CLIENTS {
+                add(&client, "eth0", a.client(n), short);
+            }
+            client.sh(&format!("ip route add default via {}", a.node()));
+            let out = match a.0 {
+                Family::V4 => "203.0.113.2",
+                Family::V6 => "2001:db8:113::2",
+            };
+            host.sh(&format!(
+                "ip neigh add {out} dev out lladdr 02:00:00:00:00:01; ip route add default via {out}"
+            ));
+            host.run(move || serve(ON_NODE, a.node()));
+        }
+        let pods = (1..=PODS)
+            .map(|n| {
+                let pod = Namespace::new();
+                host.join(&format!("pod{n}"), &pod, "eth0");
+                for a in both {
+                    let (long, _) = prefixes(a);
+                    add(&host, &format!("pod{n}"), a.gateway(n), long);
+                    add(&pod, "eth0", a.pod(n), long);
+                    pod.sh(&format!("ip route add default via {}", a.gateway(n)));
+                    pod.run(move || serve(n, a.pod(n)));
+                }
+                pod
+            })
+            .collect();
+        Self { host, client, pods, _nowhere: nowhere }
+    }
+
+    /// Where somebody is.
+    pub(super) fn place(&self, from: From) -> &Namespace {
+        match from {
+            From::Client(_) => &self.client,
+            From::Node => &self.host,
+            From::Pod(n) => &self.pods[usize::from(n) - 1],
+        }
+    }
+
+    /// One connection, with an address of the target's family.
+    pub(super) fn ask(&self, from: From, protocol: Protocol, to: SocketAddr) -> Answer {
+        let source = source(from, to);
+        self.place(from).run(move || ask(protocol, source, to, PATIENCE))
+    }
+
+    /// The same where silence is likely, without waiting for it.
+    pub(super) fn ask_meanwhile(
+        &self,
+        from: From,
+        protocol: Protocol,
+        to: SocketAddr,
+        done: Sender<Answer>,
+    ) {
+        let source = source(from, to);
+        self.place(from).run(move || {
+            std::thread::spawn(move || {
+                let _ = done.send(ask(protocol, source, to, SILENCE));
+            });
+        });
+    }
+}
+
+/// One connection from the namespace of the calling thread.
+pub(super) fn ask(
+    protocol: Protocol,
+    source: SocketAddr,
+    to: SocketAddr,
+    patience: Duration,
+) -> Answer {
+    match protocol {
+        Protocol::Udp => ask_udp(source, to, patience),
+        _ => ask_tcp(source, to, patience),
+    }
+}
+
+/// The address that a client binds to; only those outside have several.
+fn source(from: From, to: SocketAddr) -> SocketAddr {
+    let addresses = Addresses(Family::of(to.ip()));
+    let address = match from {
+        From::Client(n) => addresses.client(n),
+        _ => addresses.either([0; 4], [0; 8]),
+    };
+    SocketAddr::new(address, 0)
+}
+
+/// Lengths of prefixes: of a pod's network and of others.
+fn prefixes(addresses: Addresses) -> (u8, u8) {
+    match addresses.0 {
+        Family::V4 => (24, 24),
+        Family::V6 => (112, 64),
+    }
+}
+
+fn add(namespace: &Namespace, interface: &str, address: IpAddr, prefix: u8) {
+    let nodad = if address.is_ipv6() { "nodad" } else { "" };
+    namespace.sh(&format!("ip addr add {address}/{prefix} dev {interface} {nodad}"));
+}
+
+/// Answers each connection with a number, the port and the client's address, until the process
+/// ends.
+fn serve(n: u8, address: IpAddr) {
+    for port in POD_PORTS {
+        let listener = TcpListener::bind((address, port)).unwrap();
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                if let Ok(peer) = stream.peer_addr() {
+                    let _ = write!(stream, "{n} {port} {}", peer.ip());
+                }
+            }
+        });
+        let socket = UdpSocket::bind((address, port)).unwrap();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 100];
+            while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+                let _ = socket.send_to(format!("{n} {port} {}", peer.ip()).as_bytes(), peer);
+            }
+        });
+    }
+}
+
+/// One TCP connection.
+fn ask_tcp(source: SocketAddr, to: SocketAddr, patience: Duration) -> Answer {
+    let asked = || -> std::io::Result<String> {
+        let mut stream = connect(source, to, patience)?;
+        stream.set_read_timeout(Some(patience))?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    };
+    answer(asked())
+}
+
+/// A connection from a given address, in bounded time.
+fn connect(source: SocketAddr, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let stream = runtime.block_on(async {
+        let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.bind(source)?;
+        tokio::time::timeout(patience, socket.connect(to)).await?
+    })?;
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// One datagram and its answer, from a socket of its own.
+fn ask_udp(source: SocketAddr, to: SocketAddr, patience: Duration) -> Answer {
+    let asked = || -> std::io::Result<String> {
+        let socket = UdpSocket::bind(source)?;
+        socket.set_read_timeout(Some(patience))?;
+        socket.connect(to)?;
+        match socket.send(b"?") {
+            // That is how the node learns of its own packets that were dropped, also in order to
+            // be refused.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
+            sent => drop(sent?),
+        }
+        let mut buffer = [0; 100];
+        let length = socket.recv(&mut buffer)?;
+        Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+    };
+    answer(asked())
+}
+
+fn answer(asked: std::io::Result<String>) -> Answer {
+    match asked {
+        Ok(text) => {
+            let mut words = text.split(' ');
+            let mut word = || words.next().unwrap_or_default();
+            match (word().parse(), word().parse(), word().parse()) {
+                (Ok(n), Ok(port), Ok(seen)) => Answer::By(n, port, seen),
+                _ => Answer::Closed,
+            }
+        }
+        Err(error) => match error.kind() {
+            ErrorKind::ConnectionRefused => Answer::Refused,
+            ErrorKind::ConnectionReset => Answer::Closed,
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => Answer::Silence,
+            kind => Answer::Failed(kind),
+        },
+    }
+}
+
+/// Waits until a condition holds.
+pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

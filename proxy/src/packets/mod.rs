@@ -1,0 +1,40 @@
+//! What packets meet: every feature of Services, with real sockets, for each backend and family.
+//!
+//! ```text
+//!   client 192.0.2.2, .3 ── host 192.0.2.1, 10.244.N.1 ── pod N 10.244.N.2   (odd: on this node)
+//!                             └── a way out to nowhere
+//! ```
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | [`fixture`] | the network, and one connection as it looks from both ends |
+//! | [`backends`] | from objects to each backend, without the loop |
+//! | [`features`] | the table: a Service, who asks, what comes of it, and where a backend differs |
+//! | [`table_test`] | runs the table |
+//! | [`changes_test`] | what needs more than one step: even choice, affinity, flows of UDP |
+
+/// Makes a test of each function for each backend and family.
+macro_rules! everywhere {
+    ($($test:ident),+ $(,)?) => { everywhere!(@ Nftables nftables: $($test),+); };
+    (@ $mode:ident $name:ident: $($test:ident),+) => {
+        mod $name {
+            use crate::{Mode, model::Family};
+
+            mod v4 {
+                use super::*;
+                $(#[test] fn $test() { super::super::$test(Mode::$mode, Family::V4) })+
+            }
+
+            mod v6 {
+                use super::*;
+                $(#[test] fn $test() { super::super::$test(Mode::$mode, Family::V6) })+
+            }
+        }
+    };
+}
+
+mod backends;
+mod changes_test;
+mod features;
+mod fixture;
+mod table_test;
