@@ -11,11 +11,16 @@
 //! An object is parsed once and held once, as an `Arc<Value>` that lists, watches, authorization
 //! and admission share. An event is encoded once, by whoever sends it first, for all its watchers.
 //!
+//! Objects as trees take ten times the room of their JSON, and a pod that starts has ten versions
+//! within a second. So the ring keeps only the newest events as trees; older ones are JSON, and are
+//! parsed again for the rare watcher who comes late.
+//!
 //! A watcher holds no queue: it has a place in the ring, and reads on from there when it can. One
 //! that is so slow that the ring has moved on is told [`TooOld`] and has to list again, so that no
 //! client can make the server hold more than the ring.
 
 mod resource;
+mod ring;
 #[cfg(test)]
 mod tests;
 

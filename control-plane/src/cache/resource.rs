@@ -1,26 +1,17 @@
 //! One resource: its objects, its ring of events, and its watchers.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     sync::{Arc, OnceLock, PoisonError, RwLock},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use bytes::Bytes;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::set_resource_version;
+use super::{ring::Ring, set_resource_version};
 use crate::store::Revision;
-
-/// So many events are kept however old they are.
-const KEEP_EVENTS: usize = 64;
-/// More are kept up to this number …
-const MAX_EVENTS: usize = 4096;
-/// … and this many bytes of JSON …
-const MAX_BYTES: usize = 2 << 20;
-/// … and this age.
-const MAX_AGE: Duration = Duration::from_secs(75);
 
 /// What a watcher is told of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,10 +46,11 @@ pub struct Event {
     pub previous: Option<Arc<Value>>,
     /// Whether it was deleted.
     pub deleted: bool,
-    key: Arc<str>,
-    at: Instant,
-    bytes: usize,
-    encoded: [OnceLock<Bytes>; 3],
+    pub(super) key: Arc<str>,
+    pub(super) at: Instant,
+    /// The length of the object as JSON, as far as it is known.
+    pub(super) bytes: usize,
+    pub(super) encoded: [OnceLock<Bytes>; 3],
 }
 
 /// What an event is to one watcher.
@@ -120,10 +112,7 @@ pub(crate) fn encode(kind: EventKind, object: &Value) -> Bytes {
 #[derive(Debug, Default)]
 struct State {
     objects: BTreeMap<Arc<str>, Arc<Value>>,
-    ring: VecDeque<Arc<Event>>,
-    ring_bytes: usize,
-    /// Every event newer than this is in the ring.
-    floor: Revision,
+    ring: Ring,
     /// The newest event.
     latest: Revision,
 }
@@ -176,9 +165,8 @@ impl ResourceCache {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         *state = State {
             objects: objects.into_iter().collect(),
-            floor: revision,
+            ring: Ring::from(revision),
             latest: revision,
-            ..State::default()
         };
         drop(state);
         self.changed.send_replace(revision);
@@ -214,7 +202,7 @@ impl ResourceCache {
     ) {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         if let Some((key, object, previous, deleted, bytes)) = change(&mut state) {
-            state.ring.push_back(Arc::new(Event {
+            state.ring.push(Arc::new(Event {
                 revision,
                 object,
                 previous,
@@ -224,9 +212,7 @@ impl ResourceCache {
                 bytes,
                 encoded: Default::default(),
             }));
-            state.ring_bytes += bytes;
             state.latest = revision;
-            state.trim();
         }
         drop(state);
         self.changed.send_replace(revision);
@@ -303,7 +289,7 @@ impl ResourceCache {
     /// [`TooOld`]: some of that is no longer kept.
     pub fn watch(self: &Arc<Self>, after: Revision) -> Result<Watcher, TooOld> {
         let changed = self.changed.subscribe();
-        self.read(|state| state.check(after))?;
+        self.read(|state| state.ring.check(after))?;
         Ok(Watcher { cache: Arc::clone(self), changed, seen: after })
     }
 }
@@ -315,28 +301,6 @@ pub struct Page {
     pub more: bool,
     /// How many objects follow, whether they match or not.
     pub remaining: usize,
-}
-
-impl State {
-    fn trim(&mut self) {
-        while self.ring.len() > KEEP_EVENTS
-            && let Some(oldest) = self.ring.front()
-            && (self.ring.len() > MAX_EVENTS
-                || self.ring_bytes > MAX_BYTES
-                || oldest.at.elapsed() > MAX_AGE)
-        {
-            self.ring_bytes -= oldest.bytes;
-            self.floor = oldest.revision;
-            self.ring.pop_front();
-        }
-    }
-
-    fn check(&self, after: Revision) -> Result<(), TooOld> {
-        if after < self.floor {
-            return Err(TooOld { requested: after, oldest: self.floor });
-        }
-        Ok(())
-    }
 }
 
 impl Watcher {
@@ -375,10 +339,6 @@ impl Watcher {
     }
 
     fn pending(&self) -> Result<Vec<Arc<Event>>, TooOld> {
-        self.cache.read(|state| {
-            state.check(self.seen)?;
-            let first = state.ring.partition_point(|event| event.revision <= self.seen);
-            Ok(state.ring.range(first..).cloned().collect())
-        })
+        self.cache.read(|state| state.ring.since(self.seen))
     }
 }

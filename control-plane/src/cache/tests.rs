@@ -114,6 +114,29 @@ async fn an_event_is_encoded_once_for_all() {
 }
 
 #[tokio::test]
+async fn a_watcher_who_comes_late_sees_what_one_who_keeps_up_does() {
+    let world = world().await;
+    let cache = world.cache.resource("", "configmaps").unwrap();
+    let mut early = cache.watch(Revision(1)).unwrap();
+    let mut seen = Vec::new();
+    let shown = |event: &Event| {
+        let previous = event.previous.as_deref().map(|object| app(object).to_owned());
+        (event.key().to_owned(), event.encoded(EventKind::Modified), previous, event.deleted)
+    };
+    let mut last = Revision(1);
+    for turn in 0..40 {
+        last = world.put("a", &format!("{}", turn % 3), &format!("app-{turn}")).await;
+        seen.extend(early.next().await.unwrap().iter().map(|event| shown(event)));
+    }
+    world.store.delete("core/configmaps/a/0", last).await.unwrap();
+    seen.extend(early.next().await.unwrap().iter().map(|event| shown(event)));
+    let mut late = cache.watch(Revision(1)).unwrap();
+    let at_once: Vec<_> = late.next().await.unwrap().iter().map(|event| shown(event)).collect();
+    assert_eq!(at_once.len(), 41);
+    assert_eq!(at_once, seen);
+}
+
+#[tokio::test]
 async fn a_watcher_that_is_too_slow_is_told_so() {
     let world = world().await;
     let cache = world.cache.resource("", "configmaps").unwrap();
