@@ -40,12 +40,19 @@ struct Packed {
     at: Instant,
     bytes: usize,
     deleted: bool,
-    object: Box<[u8]>,
-    previous: Option<Box<[u8]>>,
+    object: Arc<[u8]>,
+    /// The object of the event before of this key, if that is here too.
+    previous: Option<Arc<[u8]>>,
 }
 
 impl Packed {
-    fn new(event: &Event) -> Self {
+    /// `before` are the events before it.
+    fn new(event: &Event, before: &VecDeque<Self>) -> Self {
+        let previous = event.previous.as_deref().map(|previous| {
+            let same = before.iter().rfind(|packed| Arc::ptr_eq(&packed.key, &event.key));
+            same.filter(|packed| !packed.deleted)
+                .map_or_else(|| text(previous), |packed| Arc::clone(&packed.object))
+        });
         Self {
             revision: event.revision,
             key: Arc::clone(&event.key),
@@ -53,7 +60,7 @@ impl Packed {
             bytes: event.bytes,
             deleted: event.deleted,
             object: text(&event.object),
-            previous: event.previous.as_deref().map(text),
+            previous,
         }
     }
 
@@ -73,7 +80,7 @@ impl Packed {
 }
 
 /// Values have no keys but strings, and memory does not fail to be written to.
-fn text(object: &Value) -> Box<[u8]> {
+fn text(object: &Value) -> Arc<[u8]> {
     serde_json::to_vec(object).unwrap_or_default().into()
 }
 
@@ -90,7 +97,8 @@ impl Ring {
         if self.fresh.len() > FRESH_EVENTS
             && let Some(event) = self.fresh.pop_front()
         {
-            self.packed.push_back(Packed::new(&event));
+            let packed = Packed::new(&event, &self.packed);
+            self.packed.push_back(packed);
         }
         while self.packed.len() + self.fresh.len() > KEEP_EVENTS
             && let Some(oldest) = self.packed.front()
