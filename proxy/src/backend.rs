@@ -76,6 +76,9 @@ pub(crate) enum BackendError {
         /// What it said.
         message: String,
     },
+    /// What this backend never does; trying again changes nothing.
+    #[error("{0}")]
+    Unsupported(String),
     /// The system.
     #[error("{doing}: {source}")]
     Io {

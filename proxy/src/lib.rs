@@ -42,6 +42,7 @@ mod ruleset;
 mod run_test;
 mod start;
 mod sysctl;
+mod userspace;
 mod watches;
 
 #[doc(hidden)]

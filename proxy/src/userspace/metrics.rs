@@ -1,0 +1,63 @@
+//! What relays count.
+
+use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
+
+use crate::model::{Family, Protocol};
+
+/// What relays count. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct RelayMetrics {
+    connections: IntGaugeVec,
+    refused: IntCounterVec,
+}
+
+impl RelayMetrics {
+    /// Makes the metrics and registers them.
+    ///
+    /// # Errors
+    /// When a name is registered already.
+    pub(crate) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let metrics = Self {
+            connections: IntGaugeVec::new(
+                Opts::new(
+                    "keelson_proxy_relayed_connections",
+                    "TCP connections and UDP clients that are being relayed.",
+                ),
+                &["ip_family", "protocol"],
+            )?,
+            refused: IntCounterVec::new(
+                Opts::new(
+                    "keelson_proxy_relay_refused_total",
+                    "Connections and UDP clients that were not relayed: limit, source or endpoint.",
+                ),
+                &["ip_family", "reason"],
+            )?,
+        };
+        registry.register(Box::new(metrics.connections.clone()))?;
+        registry.register(Box::new(metrics.refused.clone()))?;
+        Ok(metrics)
+    }
+
+    /// One more connection, until what is returned is dropped.
+    pub(super) fn connection(&self, family: Family, protocol: Protocol) -> Counted {
+        let protocol = if protocol == Protocol::Udp { "UDP" } else { "TCP" };
+        let gauge = self.connections.with_label_values(&[family.as_str(), protocol]);
+        gauge.inc();
+        Counted(gauge)
+    }
+
+    /// One was not relayed.
+    pub(super) fn refused(&self, family: Family, reason: &str) {
+        self.refused.with_label_values(&[family.as_str(), reason]).inc();
+    }
+}
+
+/// A connection that counts as long as this lives.
+#[derive(Debug)]
+pub(super) struct Counted(prometheus::IntGauge);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
