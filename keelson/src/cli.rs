@@ -5,6 +5,8 @@ use std::{net::IpAddr, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
+use crate::config::ProxyFlags;
+
 /// Cluster DNS would otherwise log every question.
 const DEFAULT_FILTER: &str = "info,hickory_server=warn";
 
@@ -55,7 +57,7 @@ pub(crate) enum Command {
     /// Run the node alone (kubelet's work), against any Kubernetes API or none
     Agent(Box<AgentArgs>),
     /// Run the service proxy alone (kube-proxy's work), against any Kubernetes API
-    Proxy(ProxyArgs),
+    Proxy(Box<ProxyArgs>),
     /// Run the control plane alone: API server, store, scheduler, controllers, DNS
     ControlPlane(Box<ControlPlaneArgs>),
     /// Look after the images of this machine
@@ -232,12 +234,11 @@ pub(crate) struct ProxyArgs {
     /// How to reach the API server (`clientConnection.kubeconfig`)
     #[arg(long, value_name = "FILE")]
     pub(crate) kubeconfig: Option<PathBuf>,
-    /// The node's name; this machine's host name if absent
-    #[arg(long, value_name = "NAME")]
-    pub(crate) hostname_override: Option<String>,
-    /// Remove the proxy's rules and stop
+    /// Remove the rules of every mode, and kube-proxy's, and stop
     #[arg(long)]
     pub(crate) cleanup: bool,
+    #[command(flatten)]
+    pub(crate) flags: ProxyFlags,
 }
 
 /// `keelson control-plane`.

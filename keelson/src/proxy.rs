@@ -7,13 +7,22 @@ use std::{
 
 use anyhow::{Context, bail};
 use ipnet::IpNet;
-use keelson_proxy::{DetectLocal, NodePortAddresses, ProxyConfig};
+use keelson_proxy::{DetectLocal, Mode, NodePortAddresses, ProxyConfig};
 
 use crate::{
     cli::ProxyArgs,
     config::{ProxySettings, duration},
     node, notify, run,
 };
+
+/// The switch that has a config for `ipvs` served by nftables.
+const GATE_IPVS: &str = "ServeIPVSByNftables";
+/// The switch that has TCP connections to endpoints that are gone forgotten.
+const GATE_STALE_TCP: &str = "RemoveStaleTCPConnections";
+/// kube-proxy's `oomScoreAdj`.
+const OOM_SCORE_ADJ: i32 = -999;
+/// The longest name of an interface.
+const INTERFACE_NAME: usize = 15;
 
 /// The proxy's configuration from the settings.
 ///
@@ -25,42 +34,29 @@ pub(crate) fn config(
     node_ips: Vec<IpAddr>,
     cluster_cidr: Option<IpNet>,
 ) -> anyhow::Result<ProxyConfig> {
-    match settings.mode.as_deref() {
-        None | Some("" | "nftables") => {}
-        Some("ipvs") => bail!("mode ipvs is deprecated upstream and not served: use mode nftables"),
-        Some(other @ ("iptables" | "userspace")) => {
-            bail!("mode {other} is not supported yet: use mode nftables");
-        }
-        Some(other) => bail!("mode {other:?} is unknown: nftables is supported"),
-    }
     let mut config = ProxyConfig::new(node_name);
     config.node_ips = node_ips;
-    let ranges: Vec<IpNet> = match &settings.cluster_cidr {
-        Some(text) => text
-            .split(',')
-            .map(|range| range.trim().parse().with_context(|| format!("clusterCIDR {range:?}")))
-            .collect::<anyhow::Result<_>>()?,
-        None => cluster_cidr.into_iter().collect(),
-    };
-    if !ranges.is_empty() {
-        config.detect_local = DetectLocal::Ranges(ranges);
+    config.conntrack.remove_stale_tcp = gate(settings, GATE_STALE_TCP);
+    for name in settings.feature_gates.keys() {
+        if ![GATE_IPVS, GATE_STALE_TCP].contains(&name.as_str()) {
+            tracing::warn!("featureGates.{name} has no effect here");
+        }
     }
-    if let Some(addresses) = &settings.node_port_addresses
-        && addresses.iter().any(|a| a != "primary")
-    {
-        config.node_port_addresses = NodePortAddresses::Ranges(
-            addresses
-                .iter()
-                .map(|range| range.parse().with_context(|| format!("nodePortAddresses {range:?}")))
-                .collect::<anyhow::Result<_>>()?,
-        );
+    config.mode = mode(settings)?;
+    if let Some(text) = settings.bind_address.as_deref().filter(|text| !text.is_empty()) {
+        let address: IpAddr = text.parse().with_context(|| format!("bindAddress {text:?}"))?;
+        config.bind_address = Some(address).filter(|address| !address.is_unspecified());
     }
+    config.bind_address_hard_fail = settings.bind_address_hard_fail.unwrap_or(false);
+    config.detect_local = detect_local(settings, cluster_cidr)?;
+    config.node_port_addresses = node_port_addresses(settings, config.mode)?;
     if let Some(address) = &settings.healthz_bind_address {
-        config.healthz_bind_address = bind_address("healthzBindAddress", address)?;
+        config.healthz_bind_address = bind_address("healthzBindAddress", address, 10256)?;
     }
     if let Some(address) = &settings.metrics_bind_address {
-        config.metrics_bind_address = bind_address("metricsBindAddress", address)?;
+        config.metrics_bind_address = bind_address("metricsBindAddress", address, 10249)?;
     }
+    packet_filter(settings, &mut config)?;
     let (from, to) = (&settings.conntrack, &mut config.conntrack);
     if from.max_per_core.is_some() {
         to.max_per_core = from.max_per_core;
@@ -75,18 +71,144 @@ pub(crate) fn config(
         (&from.udp_timeout, &mut to.udp_timeout),
         (&from.udp_stream_timeout, &mut to.udp_stream_timeout),
     ] {
-        if let Some(text) = text {
-            let value = duration::parse(text).map_err(anyhow::Error::msg).context("conntrack")?;
+        if let Some(value) = period("conntrack", text.as_deref())? {
             *field = (value > Duration::ZERO).then_some(value);
         }
     }
     Ok(config)
 }
 
-/// An address with a port; empty for none.
-fn bind_address(field: &str, text: &str) -> anyhow::Result<Option<SocketAddr>> {
+fn gate(settings: &ProxySettings, name: &str) -> bool {
+    settings.feature_gates.get(name).copied().unwrap_or(false)
+}
+
+fn mode(settings: &ProxySettings) -> anyhow::Result<Mode> {
+    match settings.mode.as_deref() {
+        None | Some("" | "nftables") => Ok(Mode::Nftables),
+        Some("iptables") => Ok(Mode::Iptables),
+        Some("userspace") => Ok(Mode::Userspace),
+        Some("ipvs") if gate(settings, GATE_IPVS) => {
+            tracing::warn!("mode ipvs is served by nftables");
+            Ok(Mode::Nftables)
+        }
+        Some("ipvs") => bail!(
+            "mode ipvs is deprecated upstream and not served: use mode nftables, which looks \
+             Services up in maps as ipvs does, or set featureGates.{GATE_IPVS}: true to have this \
+             config served by it"
+        ),
+        Some(other) => {
+            bail!("mode {other:?} is unknown: nftables, iptables and userspace are supported")
+        }
+    }
+}
+
+fn detect_local(
+    settings: &ProxySettings,
+    cluster_cidr: Option<IpNet>,
+) -> anyhow::Result<DetectLocal> {
+    let interface = |field: &str, name: &Option<String>| -> anyhow::Result<String> {
+        let name = name.as_deref().unwrap_or_default();
+        let fits = |c: char| !c.is_whitespace() && !c.is_control() && !"/\"*".contains(c);
+        if name.is_empty() || name.len() > INTERFACE_NAME || !name.chars().all(fits) {
+            bail!("detectLocal.{field}: {name:?} can't be an interface's name");
+        }
+        Ok(name.to_owned())
+    };
+    match settings.detect_local_mode.as_deref() {
+        None | Some("" | "ClusterCIDR") => {
+            let ranges: Vec<IpNet> = match settings.cluster_cidr.as_deref() {
+                Some(text) if !text.is_empty() => ranges("clusterCIDR", text.split(','))?,
+                _ => cluster_cidr.into_iter().collect(),
+            };
+            let of_v4 = ranges.iter().filter(|range| range.addr().is_ipv4()).count();
+            if of_v4 > 1 || ranges.len() - of_v4 > 1 {
+                bail!("clusterCIDR: one range for each family is wanted");
+            }
+            Ok(match ranges.is_empty() {
+                true => DetectLocal::Nothing,
+                false => DetectLocal::Ranges(ranges),
+            })
+        }
+        Some("NodeCIDR") => Ok(DetectLocal::NodeCidr),
+        Some("BridgeInterface") => {
+            let name = interface("bridgeInterface", &settings.detect_local.bridge_interface)?;
+            Ok(DetectLocal::Interface(name))
+        }
+        Some("InterfaceNamePrefix") => {
+            let names = &settings.detect_local;
+            let prefix = interface("interfaceNamePrefix", &names.interface_name_prefix)?;
+            Ok(DetectLocal::InterfacePrefix(prefix))
+        }
+        Some(other) => bail!(
+            "detectLocalMode {other:?} is unknown: ClusterCIDR, NodeCIDR, BridgeInterface and \
+             InterfaceNamePrefix are supported"
+        ),
+    }
+}
+
+fn ranges<'a>(field: &str, texts: impl IntoIterator<Item = &'a str>) -> anyhow::Result<Vec<IpNet>> {
+    let range = |text: &str| {
+        let range: IpNet = text.trim().parse().with_context(|| format!("{field} {text:?}"))?;
+        Ok(range.trunc())
+    };
+    texts.into_iter().map(range).collect()
+}
+
+/// As kube-proxy's modes have it: nftables on the node's own addresses, the others on all.
+fn node_port_addresses(settings: &ProxySettings, mode: Mode) -> anyhow::Result<NodePortAddresses> {
+    let texts = settings.node_port_addresses.as_deref().unwrap_or_default();
+    match texts {
+        [] if mode == Mode::Nftables => Ok(NodePortAddresses::Primary),
+        [] => Ok(NodePortAddresses::Ranges(ranges("nodePortAddresses", ["0.0.0.0/0", "::/0"])?)),
+        [one] if one == "primary" => Ok(NodePortAddresses::Primary),
+        all if all.iter().any(|text| text == "primary") => {
+            bail!("nodePortAddresses: primary stands alone")
+        }
+        all => {
+            let texts = all.iter().map(String::as_str);
+            Ok(NodePortAddresses::Ranges(ranges("nodePortAddresses", texts)?))
+        }
+    }
+}
+
+/// What the packet filters have of their own.
+fn packet_filter(settings: &ProxySettings, config: &mut ProxyConfig) -> anyhow::Result<()> {
+    let (name, filter) = match config.mode {
+        Mode::Nftables => ("nftables", &settings.nftables),
+        Mode::Iptables | Mode::Userspace => ("iptables", &settings.iptables),
+    };
+    config.masquerade_all = filter.masquerade_all.unwrap_or(false);
+    if let Some(bit) = filter.masquerade_bit {
+        config.masquerade_bit = u8::try_from(bit)
+            .ok()
+            .filter(|bit| *bit < 32)
+            .with_context(|| format!("{name}.masqueradeBit {bit}: a bit from 0 to 31 is wanted"))?;
+    }
+    config.localhost_node_ports = filter.localhost_node_ports.unwrap_or(true);
+    if let Some(value) = period(name, filter.sync_period.as_deref())? {
+        if value.is_zero() {
+            bail!("{name}.syncPeriod: more than 0 is wanted");
+        }
+        config.sync_period = value;
+    }
+    if let Some(value) = period(name, filter.min_sync_period.as_deref())? {
+        config.min_sync_period = value;
+    }
+    Ok(())
+}
+
+fn period(field: &str, text: Option<&str>) -> anyhow::Result<Option<Duration>> {
+    let parse = |text| duration::parse(text).map_err(anyhow::Error::msg);
+    text.map(parse).transpose().with_context(|| field.to_owned())
+}
+
+/// An address, with a port or the usual one; empty for none.
+fn bind_address(field: &str, text: &str, port: u16) -> anyhow::Result<Option<SocketAddr>> {
     if text.is_empty() {
         return Ok(None);
+    }
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok(Some(SocketAddr::new(address, port)));
     }
     text.parse()
         .map(Some)
@@ -98,10 +220,7 @@ fn bind_address(field: &str, text: &str) -> anyhow::Result<Option<SocketAddr>> {
 /// # Errors
 /// When it can't start.
 pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
-    let settings = match &args.config {
-        Some(path) => ProxySettings::read(path)?,
-        None => ProxySettings::default(),
-    };
+    let settings = ProxySettings::read(args.config.as_deref(), &args.flags)?;
     crate::runtime()?.block_on(async {
         if args.cleanup {
             let cleanup = tokio::task::spawn_blocking(keelson_proxy::cleanup).await;
@@ -109,15 +228,14 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
             println!("the proxy's rules are removed");
             return Ok(());
         }
-        let name = node::name(
-            args.hostname_override.as_deref().or(settings.hostname_override.as_deref()),
-        )?;
+        let name = node::name(settings.hostname_override.as_deref())?;
         let path = args
             .kubeconfig
             .as_ref()
             .or(settings.client_connection.kubeconfig.as_ref())
             .context("--kubeconfig, or clientConnection.kubeconfig in --config, is needed")?;
         let config = config(&settings, &name, Vec::new(), None)?;
+        protect(settings.oom_score_adj.unwrap_or(OOM_SCORE_ADJ));
         let healthz = config.healthz_bind_address.map_or(0, |address| address.port());
         let shutdown = run::shutdown_on_signal()?;
         let client = run::client(path).await?;
@@ -129,27 +247,81 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
     })
 }
 
+/// Makes it less likely that the kernel kills this process when memory is short.
+fn protect(score: i32) {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string()) {
+        tracing::info!(%error, score, "oomScoreAdj can't be set; the present value stays");
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
-    fn mode(mode: &str) -> anyhow::Result<ProxyConfig> {
-        let settings = ProxySettings { mode: Some(mode.to_owned()), ..ProxySettings::default() };
-        config(&settings, "n", Vec::new(), None)
+    fn configured(fields: serde_json::Value) -> anyhow::Result<ProxyConfig> {
+        config(&serde_json::from_value(fields)?, "n", Vec::new(), None)
     }
 
     #[test]
     fn modes_that_are_not_served_say_what_to_use() {
-        assert!(mode("nftables").is_ok());
-        for other in ["ipvs", "iptables", "userspace", "x"] {
-            assert!(mode(other).unwrap_err().to_string().contains("nftables"), "{other}");
+        for (name, expected) in [
+            ("", Mode::Nftables),
+            ("nftables", Mode::Nftables),
+            ("iptables", Mode::Iptables),
+            ("userspace", Mode::Userspace),
+        ] {
+            assert_eq!(configured(json!({"mode": name})).unwrap().mode, expected);
         }
+        for other in ["ipvs", "x"] {
+            let error = configured(json!({"mode": other})).unwrap_err().to_string();
+            assert!(error.contains("nftables"), "{error}");
+        }
+        let gates = json!({"mode": "ipvs", "featureGates": {"ServeIPVSByNftables": true}});
+        assert_eq!(configured(gates).unwrap().mode, Mode::Nftables);
     }
 
     #[test]
-    fn addresses_are_checked() {
-        assert_eq!(bind_address("f", "").unwrap(), None);
-        assert!(bind_address("f", "127.0.0.1:10249").unwrap().is_some());
-        assert!(bind_address("f", "127.0.0.1").is_err());
+    fn fields_have_their_documented_meaning_and_defaults() {
+        let all = NodePortAddresses::Ranges(ranges("f", ["0.0.0.0/0", "::/0"]).unwrap());
+        let config = configured(json!({"mode": "iptables"})).unwrap();
+        assert_eq!(config.node_port_addresses, all);
+        assert!(config.localhost_node_ports);
+        assert_eq!(config.sync_period, Duration::from_secs(30));
+        let config = configured(json!({
+            "bindAddress": "2001:db8::1", "clusterCIDR": "10.0.0.0/8,fd00::/8",
+            "nftables": {"masqueradeBit": 3, "minSyncPeriod": "2s"}, "iptables": {"masqueradeBit": 4},
+            "healthzBindAddress": "", "metricsBindAddress": "0.0.0.0",
+        }))
+        .unwrap();
+        assert_eq!(config.node_port_addresses, NodePortAddresses::Primary);
+        assert_eq!((config.masquerade_bit, config.min_sync_period.as_secs()), (3, 2));
+        assert_eq!(config.bind_address, Some("2001:db8::1".parse().unwrap()));
+        assert_eq!(config.healthz_bind_address, None);
+        assert_eq!(config.metrics_bind_address, Some("0.0.0.0:10249".parse().unwrap()));
+        assert!(matches!(config.detect_local, DetectLocal::Ranges(ranges) if ranges.len() == 2));
+        let bridge = json!({"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "br0"}});
+        let found = configured(bridge).unwrap().detect_local;
+        assert_eq!(found, DetectLocal::Interface("br0".into()));
+    }
+
+    #[test]
+    fn values_that_cannot_be_used_are_named() {
+        for (fields, named) in [
+            (json!({"bindAddress": "here"}), "bindAddress"),
+            (json!({"clusterCIDR": "10.0.0.0"}), "clusterCIDR"),
+            (json!({"clusterCIDR": "10.0.0.0/8,11.0.0.0/8"}), "clusterCIDR"),
+            (json!({"detectLocalMode": "Guess"}), "detectLocalMode"),
+            (json!({"detectLocalMode": "BridgeInterface"}), "detectLocal.bridgeInterface"),
+            (json!({"nodePortAddresses": ["primary", "10.0.0.0/8"]}), "nodePortAddresses"),
+            (json!({"nodePortAddresses": ["x"]}), "nodePortAddresses"),
+            (json!({"nftables": {"masqueradeBit": 32}}), "nftables.masqueradeBit"),
+            (json!({"nftables": {"syncPeriod": "0s"}}), "nftables.syncPeriod"),
+            (json!({"healthzBindAddress": "localhost:1"}), "healthzBindAddress"),
+        ] {
+            let error = format!("{:#}", configured(fields).unwrap_err());
+            assert!(error.contains(named), "{error}");
+        }
     }
 }

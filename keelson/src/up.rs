@@ -13,7 +13,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     agent::{self, Node, NodeOptions},
     cli::UpArgs,
-    config::{KubeletSettings, ProxySettings},
+    config::{KubeletSettings, ProxyFlags, ProxySettings},
     control_plane::ControlPlane,
     demo, detach, image,
     instance::{self, Held, Record},
@@ -33,10 +33,7 @@ pub(crate) fn run(args: &UpArgs) -> anyhow::Result<()> {
     let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
     // What is wrong with flags and files is said before anything begins, and before the background.
     let settings = agent::settings(&args.node)?;
-    let proxy_settings = match &args.proxy_config {
-        Some(path) => ProxySettings::read(path)?,
-        None => ProxySettings::default(),
-    };
+    let proxy_settings = ProxySettings::read(args.proxy_config.as_deref(), &ProxyFlags::default())?;
     let name = node::name(args.node.node_name.as_deref())?;
     let address = node::address(args.node.node_ip)?;
     agent::check_machine(settings.fail_cgroup_v1 != Some(true))?;

@@ -7,6 +7,7 @@
 pub(crate) mod duration;
 mod kubelet;
 mod proxy;
+mod proxy_flags;
 
 use std::path::Path;
 
@@ -15,6 +16,7 @@ use serde_json::{Map, Value};
 
 pub(crate) use kubelet::KubeletSettings;
 pub(crate) use proxy::ProxySettings;
+pub(crate) use proxy_flags::ProxyFlags;
 
 /// The largest config file that is read.
 const MAX_BYTES: u64 = 1 << 20;
@@ -26,6 +28,8 @@ enum Field {
     Supported(Type),
     /// It is documented, but does nothing here; the user is told.
     Unsupported,
+    /// It is documented, but there is nothing for it to do here, and this is why.
+    NoEffect(&'static str),
     /// An object whose fields are in this table.
     Object(&'static [(&'static str, Field)]),
 }
@@ -38,6 +42,7 @@ enum Type {
     Duration,
     Texts,
     TextMap,
+    BoolMap,
     Objects,
 }
 
@@ -50,6 +55,7 @@ impl Type {
             Self::Duration => "a duration such as 10s or 1m30s",
             Self::Texts => "a list of texts",
             Self::TextMap => "a map of texts",
+            Self::BoolMap => "a map of names to true or false",
             Self::Objects => "a list of objects",
         }
     }
@@ -63,6 +69,9 @@ impl Type {
             Self::Texts => value.as_array().is_some_and(|all| all.iter().all(Value::is_string)),
             Self::TextMap => {
                 value.as_object().is_some_and(|all| all.values().all(Value::is_string))
+            }
+            Self::BoolMap => {
+                value.as_object().is_some_and(|all| all.values().all(Value::is_boolean))
             }
             Self::Objects => value.as_array().is_some_and(|all| all.iter().all(Value::is_object)),
         }
@@ -136,6 +145,9 @@ fn check_fields<'a>(
             Some((_, Field::Supported(_))) => {}
             Some((_, Field::Unsupported)) => {
                 unsupported.push(format!("line {line}: {} has no effect here yet", path.join(".")));
+            }
+            Some((_, Field::NoEffect(why))) => {
+                unsupported.push(format!("line {line}: {} has no effect: {why}", path.join(".")));
             }
             Some((_, Field::Object(table))) => match value {
                 Value::Object(fields) => check_fields(fields, table, path, text, unsupported)?,

@@ -2,69 +2,114 @@
 //!
 //! The table names every documented field (Kubernetes 1.36, kubeproxy.config.k8s.io/v1alpha1).
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
-use super::{Field, Type};
+use super::{Field, ProxyFlags, Type};
 
-const LATER: Field = Field::Unsupported;
-const TEXT: Field = Field::Supported(Type::Text);
+const KIND: &str = "KubeProxyConfiguration";
+const GROUP: &str = "kubeproxy.config.k8s.io/v1alpha1";
+
+const BOOL: Field = Field::Supported(Type::Bool);
+const DURATION: Field = Field::Supported(Type::Duration);
 const INTEGER: Field = Field::Supported(Type::Integer);
+const TEXT: Field = Field::Supported(Type::Text);
+const WATCHES: Field =
+    Field::NoEffect("watches are always up to date, and one connection carries all of them");
+const WINDOWS: Field = Field::NoEffect("it is for Windows");
+const IPVS: Field = Field::NoEffect("there is no ipvs mode; nftables does its work");
 
 /// Every documented field.
 const FIELDS: &[(&str, Field)] = &[
-    ("bindAddress", LATER),
-    ("bindAddressHardFail", LATER),
+    ("bindAddress", TEXT),
+    ("bindAddressHardFail", BOOL),
     (
         "clientConnection",
         Field::Object(&[
-            ("acceptContentTypes", LATER),
-            ("burst", LATER),
-            ("contentType", LATER),
+            ("acceptContentTypes", WATCHES),
+            ("burst", WATCHES),
+            ("contentType", WATCHES),
             ("kubeconfig", TEXT),
-            ("qps", LATER),
+            ("qps", WATCHES),
         ]),
     ),
     ("clusterCIDR", TEXT),
-    ("configSyncPeriod", LATER),
+    ("configSyncPeriod", WATCHES),
     (
         "conntrack",
         Field::Object(&[
             ("maxPerCore", INTEGER),
             ("min", INTEGER),
-            ("tcpBeLiberal", Field::Supported(Type::Bool)),
-            ("tcpCloseWaitTimeout", Field::Supported(Type::Duration)),
-            ("tcpEstablishedTimeout", Field::Supported(Type::Duration)),
-            ("udpStreamTimeout", Field::Supported(Type::Duration)),
-            ("udpTimeout", Field::Supported(Type::Duration)),
+            ("tcpBeLiberal", BOOL),
+            ("tcpCloseWaitTimeout", DURATION),
+            ("tcpEstablishedTimeout", DURATION),
+            ("udpStreamTimeout", DURATION),
+            ("udpTimeout", DURATION),
         ]),
     ),
-    ("detectLocal", LATER),
-    ("detectLocalMode", LATER),
-    ("enableProfiling", LATER),
-    ("featureGates", LATER),
+    ("detectLocal", Field::Object(&[("bridgeInterface", TEXT), ("interfaceNamePrefix", TEXT)])),
+    ("detectLocalMode", TEXT),
+    ("enableProfiling", Field::NoEffect("there are no Go profiles")),
+    ("featureGates", Field::Supported(Type::BoolMap)),
     ("healthzBindAddress", TEXT),
     ("hostnameOverride", TEXT),
-    ("iptables", LATER),
-    ("ipvs", LATER),
-    ("logging", LATER),
+    (
+        "iptables",
+        Field::Object(&[
+            ("localhostNodePorts", BOOL),
+            ("masqueradeAll", BOOL),
+            ("masqueradeBit", INTEGER),
+            ("minSyncPeriod", DURATION),
+            ("syncPeriod", DURATION),
+        ]),
+    ),
+    (
+        "ipvs",
+        Field::Object(&[
+            ("excludeCIDRs", IPVS),
+            ("minSyncPeriod", IPVS),
+            ("scheduler", IPVS),
+            ("strictARP", IPVS),
+            ("syncPeriod", IPVS),
+            ("tcpFinTimeout", IPVS),
+            ("tcpTimeout", IPVS),
+            ("udpTimeout", IPVS),
+        ]),
+    ),
+    ("logging", Field::NoEffect("--log-level and --log-format say what is logged")),
     ("metricsBindAddress", TEXT),
     ("mode", TEXT),
-    ("nftables", LATER),
+    (
+        "nftables",
+        Field::Object(&[
+            ("masqueradeAll", BOOL),
+            ("masqueradeBit", INTEGER),
+            ("minSyncPeriod", DURATION),
+            ("syncPeriod", DURATION),
+        ]),
+    ),
     ("nodePortAddresses", Field::Supported(Type::Texts)),
-    ("oomScoreAdj", LATER),
-    ("portRange", LATER),
-    ("showHiddenMetricsForVersion", LATER),
-    ("windowsRunAsService", LATER),
-    ("winkernel", LATER),
+    ("oomScoreAdj", INTEGER),
+    ("portRange", Field::NoEffect("node ports are what the Services say")),
+    ("showHiddenMetricsForVersion", Field::NoEffect("no metrics are hidden")),
+    ("windowsRunAsService", WINDOWS),
+    ("winkernel", WINDOWS),
 ];
 
 /// The supported fields; an absent one keeps its documented default.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct ProxySettings {
+    /// The node's main address.
+    pub(crate) bind_address: Option<String>,
+    /// Whether an address that can't be listened on ends the proxy.
+    pub(crate) bind_address_hard_fail: Option<bool>,
     /// How to reach the API server.
     pub(crate) client_connection: ClientConnection,
     /// Addresses of pods: what comes from elsewhere is masqueraded.
@@ -72,16 +117,28 @@ pub(crate) struct ProxySettings {
     pub(crate) cluster_cidr: Option<String>,
     /// The kernel's connection table.
     pub(crate) conntrack: Conntrack,
+    /// What `detect_local_mode` needs.
+    pub(crate) detect_local: DetectLocalNames,
+    /// How traffic of pods is told from others'.
+    pub(crate) detect_local_mode: Option<String>,
+    /// What is switched on beside the documented behaviour.
+    pub(crate) feature_gates: BTreeMap<String, bool>,
     /// `IP:port` of `/healthz`.
     pub(crate) healthz_bind_address: Option<String>,
     /// The node's name.
     pub(crate) hostname_override: Option<String>,
+    /// Of the iptables mode.
+    pub(crate) iptables: PacketFilter,
     /// `IP:port` of `/metrics`.
     pub(crate) metrics_bind_address: Option<String>,
-    /// `nftables`.
+    /// How rules are put into force.
     pub(crate) mode: Option<String>,
+    /// Of the nftables mode.
+    pub(crate) nftables: PacketFilter,
     /// Ranges of the addresses that answer on node ports.
     pub(crate) node_port_addresses: Option<Vec<String>>,
+    /// How unlikely the kernel is to kill the process when memory is short.
+    pub(crate) oom_score_adj: Option<i32>,
 }
 
 /// `clientConnection`.
@@ -104,23 +161,59 @@ pub(crate) struct Conntrack {
     pub(crate) udp_timeout: Option<String>,
 }
 
+/// `detectLocal`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct DetectLocalNames {
+    pub(crate) bridge_interface: Option<String>,
+    pub(crate) interface_name_prefix: Option<String>,
+}
+
+/// `iptables` and `nftables`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct PacketFilter {
+    pub(crate) localhost_node_ports: Option<bool>,
+    pub(crate) masquerade_all: Option<bool>,
+    pub(crate) masquerade_bit: Option<i64>,
+    pub(crate) min_sync_period: Option<String>,
+    pub(crate) sync_period: Option<String>,
+}
+
 impl ProxySettings {
-    /// Reads a file; what has no effect is logged as a warning.
+    /// Reads a file, if there is one; flags win over it. What has no effect is logged as a warning.
     ///
     /// # Errors
     /// When the file can't be read or something in it is wrong.
-    pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
-        let checked = super::read(
-            path,
-            "KubeProxyConfiguration",
-            "kubeproxy.config.k8s.io/v1alpha1",
-            FIELDS,
-        )?;
-        for field in checked.unsupported {
-            tracing::warn!(file = %path.display(), "{field}");
+    pub(crate) fn read(path: Option<&Path>, flags: &ProxyFlags) -> anyhow::Result<Self> {
+        let mut fields = Value::Object(Map::new());
+        if let Some(path) = path {
+            let checked = super::read(path, KIND, GROUP, FIELDS)?;
+            for field in checked.unsupported {
+                tracing::warn!(file = %path.display(), "{field}");
+            }
+            fields = checked.fields;
         }
-        serde_json::from_value(checked.fields)
-            .with_context(|| format!("config file {}", path.display()))
+        for name in flags.without_effect() {
+            tracing::warn!("{name} has no effect");
+        }
+        merge(&mut fields, flags.fields());
+        serde_json::from_value(fields).with_context(|| match path {
+            Some(path) => format!("config file {}", path.display()),
+            None => "flags".to_owned(),
+        })
+    }
+}
+
+/// Puts the fields of `over` over those of `fields`.
+fn merge(fields: &mut Value, over: Value) {
+    match (fields, over) {
+        (Value::Object(fields), Value::Object(over)) => {
+            for (name, value) in over {
+                merge(fields.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (fields, over) => *fields = over,
     }
 }
 
@@ -135,8 +228,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.yaml");
         std::fs::write(&path, text).unwrap();
-        let settings = ProxySettings::read(&path).unwrap();
-        assert_eq!(settings.mode.as_deref(), Some("nftables"));
+        let flags = ProxyFlags { proxy_mode: Some("iptables".into()), ..ProxyFlags::default() };
+        let settings = ProxySettings::read(Some(&path), &flags).unwrap();
+        assert_eq!(settings.mode.as_deref(), Some("iptables"), "a flag wins");
+        assert_eq!(settings.cluster_cidr.as_deref(), Some("10.244.0.0/16"));
         assert_eq!(settings.conntrack.tcp_established_timeout.as_deref(), Some("24h"));
     }
 
