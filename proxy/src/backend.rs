@@ -89,6 +89,13 @@ pub(crate) enum BackendError {
     },
 }
 
+impl BackendError {
+    /// Whether another try may go better.
+    pub(crate) fn may_pass(&self) -> bool {
+        !matches!(self, Self::Unsupported(_))
+    }
+}
+
 /// What came of writing.
 #[derive(Debug, Default)]
 pub(crate) struct Applied {

@@ -97,6 +97,9 @@ pub enum ProxyError {
          nft_numgen, nft_reject and nft_ct can be loaded and that the process has CAP_NET_ADMIN"
     )]
     Kernel(String),
+    /// The relays of the userspace mode can't start, or their routes can't be removed.
+    #[error("relays of the userspace mode: {0}")]
+    Relays(String),
     /// The kernel has no IPv6.
     #[error("the kernel has no IPv6")]
     NoIpv6,
@@ -160,6 +163,9 @@ pub async fn run_with_registry(
     let chosen = start::choose(&config)?;
     let (mode, families) = (chosen.mode, chosen.families());
     let metrics = Metrics::for_mode(&registry, mode)?;
+    if let Some(relays) = &chosen.relays {
+        relays.register(&registry)?;
+    }
     let conntrack = connection_cleaner(&chosen, &metrics);
     // After the kernel has got what tracks connections for the above: its settings are not there
     // before.
@@ -220,20 +226,21 @@ pub async fn run_with_registry(
             let clean = std::thread::Builder::new().name("proxy-cleanup".into());
             let _ = clean.spawn(move || start::remove_others(mode, Some(&metrics)));
         });
-    let (ended, end) = tokio::sync::oneshot::channel();
+    let over = CancellationToken::new();
+    let ended = over.clone().drop_guard();
     let runtime = tokio::runtime::Handle::current();
     std::thread::Builder::new()
         .name("proxy".into())
         .spawn(move || {
-            // Dropping the sender tells that the loop is over, however it ended.
-            let _ended: tokio::sync::oneshot::Sender<()> = ended;
+            // Dropping it tells that the loop is over, however it ended.
+            let _ended = ended;
             runtime.block_on(proxier.run(queue));
         })
         .map_err(|source| ProxyError::Io { doing: "start the proxy's thread", source })?;
 
     let result = tokio::select! {
         () = shutdown.cancelled() => Ok(()),
-        _ = end => if shutdown.is_cancelled() { Ok(()) } else { Err(ProxyError::Ended) },
+        () = over.cancelled() => if shutdown.is_cancelled() { Ok(()) } else { Err(ProxyError::Ended) },
     };
     // Everything listens to the token; what hangs anyway goes with the set.
     let _ = tokio::time::timeout(std::time::Duration::from_secs(2), async {
@@ -242,6 +249,12 @@ pub async fn run_with_registry(
         }
     })
     .await;
+    // Without its tasks the loop ends too, and a mode whose rules can't outlive the process takes
+    // them away.
+    tasks.shutdown().await;
+    if result.is_ok() && tokio::time::timeout(userspace::STOP, over.cancelled()).await.is_err() {
+        tracing::error!("the proxy's loop takes too long to stop");
+    }
     result
 }
 

@@ -13,6 +13,7 @@ use crate::{
     metrics::Metrics,
     model::Family,
     nftables::{apply::Table, batch::Batch, rules::Layout, socket::NftSocket},
+    userspace::{self, Limits, RelayMetrics, Relays, Settings},
 };
 
 /// The oldest kernel whose nftables has all that the rules need; kube-proxy's nftables mode asks
@@ -28,6 +29,8 @@ pub(crate) struct Chosen {
     pub(crate) backends: Vec<Box<dyn Backend>>,
     /// The netlink sockets that write, so that a monitor doesn't take them for others.
     pub(crate) ports: Vec<u32>,
+    /// What relays count, in the userspace mode.
+    pub(crate) relays: Option<RelayMetrics>,
 }
 
 impl std::fmt::Debug for Chosen {
@@ -60,10 +63,7 @@ pub(crate) fn choose(config: &ProxyConfig) -> Result<Chosen, ProxyError> {
                     );
                 }
                 if mode == Mode::Userspace {
-                    tracing::warn!(
-                        "userspace mode: connections are relayed by this process, and endpoints \
-                         see the node's address instead of the client's"
-                    );
+                    tracing::warn!("userspace mode: {}", userspace::WARNING);
                 }
                 return Ok(chosen);
             }
@@ -87,13 +87,16 @@ fn order(asked: Mode) -> Vec<Mode> {
 }
 
 fn open(mode: Mode, config: &ProxyConfig) -> Result<Chosen, ProxyError> {
-    let mut chosen = Chosen { mode, backends: Vec::new(), ports: Vec::new() };
+    let mut chosen = Chosen { mode, backends: Vec::new(), ports: Vec::new(), relays: None };
+    if mode == Mode::Userspace {
+        chosen.relays = Some(RelayMetrics::new()?);
+    }
     let primary = config.primary_family();
     for family in config.wanted_families() {
         let opened = if family == Family::V6 && !kernel_has_ipv6() {
             Err(ProxyError::NoIpv6)
         } else {
-            open_family(mode, config, family, &mut chosen.ports)
+            open_family(config, family, &mut chosen)
         };
         match opened {
             Ok(backend) => chosen.backends.push(backend),
@@ -110,21 +113,35 @@ fn open(mode: Mode, config: &ProxyConfig) -> Result<Chosen, ProxyError> {
 }
 
 fn open_family(
-    mode: Mode,
     config: &ProxyConfig,
     family: Family,
-    ports: &mut Vec<u32>,
+    chosen: &mut Chosen,
 ) -> Result<Box<dyn Backend>, ProxyError> {
-    match mode {
+    match chosen.mode {
         Mode::Nftables => {
             check_kernel()?;
             let mut table = Table::open(layout(config, family)).map_err(kernel)?;
             table.probe().map_err(kernel)?;
-            ports.push(table.port());
+            chosen.ports.push(table.port());
             Ok(Box::new(table))
         }
-        Mode::Iptables | Mode::Userspace => Err(ProxyError::NotBuilt(mode.as_str())),
+        Mode::Userspace => {
+            let settings = Settings {
+                detect_local: config.detect_local.clone(),
+                node_port_addresses: config.node_port_addresses.clone(),
+                localhost_node_ports: config.localhost_node_ports,
+                limits: Limits::of_this_process(config.wanted_families().len()),
+                metrics: chosen.relays.clone(),
+                ..Settings::new(family)
+            };
+            Ok(Box::new(Relays::open(settings).map_err(relays)?))
+        }
+        Mode::Iptables => Err(ProxyError::NotBuilt(chosen.mode.as_str())),
     }
+}
+
+fn relays(error: impl std::fmt::Display) -> ProxyError {
+    ProxyError::Relays(error.to_string())
 }
 
 /// What of the configuration is in the rules of the nftables mode.
@@ -158,6 +175,11 @@ pub(crate) fn remove_others(mode: Mode, metrics: Option<&Metrics>) -> Result<(),
         }
         if mode != Mode::Nftables
             && let Err(error) = remove_table(family)
+        {
+            failed(error);
+        }
+        if mode != Mode::Userspace
+            && let Err(error) = userspace::remove_leftovers(family).map_err(relays)
         {
             failed(error);
         }

@@ -331,7 +331,8 @@ impl Proxier {
             let result = if full { backend.synchronize(goal) } else { backend.apply(&units, goal) };
             match result {
                 Ok(applied) => {
-                    self.refused.extend(applied.refused.iter().map(|(unit, _)| *unit));
+                    let again = applied.refused.iter().filter(|(_, error)| error.may_pass());
+                    self.refused.extend(again.map(|(unit, _)| *unit));
                     written(&self.reports, family, full, begin, &applied);
                     self.reports.metrics.holds(family, backend.units());
                     refused(&self.reports, &self.objects, &self.desired, &applied);

@@ -130,7 +130,11 @@ pub(super) fn refused(
                     tracing::error!(%frontend, %error, "the kernel keeps a rule that should go");
                     continue;
                 };
-                let message = format!("{frontend} keeps its old rules: {error}");
+                let message = if error.may_pass() {
+                    format!("{frontend} keeps its old rules: {error}")
+                } else {
+                    format!("{frontend} is not served: {error}")
+                };
                 let problem = Problem::new("FailedToUpdateRules", message);
                 report(&reports.events, objects, owner, &[problem]);
             }

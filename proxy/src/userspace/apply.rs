@@ -91,7 +91,8 @@ impl Relaying {
     pub(super) async fn open(settings: Settings) -> io::Result<Self> {
         let family = settings.family;
         let monitor = Monitor::open(family, &settings.detect_local)?;
-        let routes = Routes::open(family)?;
+        let mut routes = Routes::open(family)?;
+        routes.probe().await?;
         let surroundings = observe(routes.handle(), family, &settings.detect_local).await?;
         let quota = Arc::new(Quota::new(family, settings.limits, settings.metrics.clone()));
         Ok(Self {

@@ -12,12 +12,12 @@ pub(crate) struct RelayMetrics {
 }
 
 impl RelayMetrics {
-    /// Makes the metrics and registers them.
+    /// Makes the metrics.
     ///
     /// # Errors
-    /// When a name is registered already.
-    pub(crate) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let metrics = Self {
+    /// Never: their names are valid.
+    pub(crate) fn new() -> Result<Self, prometheus::Error> {
+        Ok(Self {
             connections: IntGaugeVec::new(
                 Opts::new(
                     "keelson_proxy_relayed_connections",
@@ -32,10 +32,16 @@ impl RelayMetrics {
                 ),
                 &["ip_family", "reason"],
             )?,
-        };
-        registry.register(Box::new(metrics.connections.clone()))?;
-        registry.register(Box::new(metrics.refused.clone()))?;
-        Ok(metrics)
+        })
+    }
+
+    /// Registers them.
+    ///
+    /// # Errors
+    /// When a name is registered already.
+    pub(crate) fn register(&self, registry: &Registry) -> Result<(), prometheus::Error> {
+        registry.register(Box::new(self.connections.clone()))?;
+        registry.register(Box::new(self.refused.clone()))
     }
 
     /// One more connection, until what is returned is dropped.

@@ -56,7 +56,11 @@ use crate::{
 };
 
 /// How long a stop waits for listeners and routes to go.
-const STOP: Duration = Duration::from_secs(10);
+pub(crate) const STOP: Duration = Duration::from_secs(10);
+/// What users lose with this mode, for the log.
+pub(crate) const WARNING: &str = "this process relays every connection; endpoints and \
+    NetworkPolicies see the node's address instead of the client's, connections end when the proxy \
+    does, and SCTP is not served";
 
 /// What the relays can be told.
 #[derive(Clone, Debug)]
@@ -105,8 +109,6 @@ pub(crate) struct Relays {
     family: Family,
     orders: Option<mpsc::UnboundedSender<Order>>,
     ended: blocking::Receiver<()>,
-    /// Whether users were told what they lose.
-    warned: bool,
     rules: usize,
 }
 
@@ -135,7 +137,7 @@ impl Relays {
             Ok(Err(source)) => return Err(failed("start the relays", source)),
             Err(_) => return Err(ended_by_itself()),
         }
-        Ok(Self { family, orders: Some(orders), ended, warned: false, rules: 0 })
+        Ok(Self { family, orders: Some(orders), ended, rules: 0 })
     }
 
     fn order<T>(
@@ -180,14 +182,6 @@ impl Backend for Relays {
     }
 
     fn synchronize(&mut self, goal: Goal<'_>) -> Result<Applied, BackendError> {
-        if !std::mem::replace(&mut self.warned, true) {
-            tracing::warn!(
-                family = self.family.as_str(),
-                "the userspace mode relays every connection in this process: endpoints and \
-                 NetworkPolicies see this node's address and not the client's, connections end \
-                 when the proxy stops, and SCTP is not served"
-            );
-        }
         self.bring(Changes::all(self.family, goal.desired), goal)
     }
 
@@ -225,6 +219,15 @@ impl Drop for Relays {
             );
         }
     }
+}
+
+/// Removes the routes of relays that were killed, of a family, in this thread's namespace. Nobody
+/// may relay there.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn remove_leftovers(family: Family) -> Result<(), BackendError> {
+    Relays::open(Settings::new(family))?.remove()
 }
 
 /// The thread's life.

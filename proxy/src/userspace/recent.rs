@@ -72,11 +72,6 @@ impl<K: Copy + Eq + Hash, V> Recent<K, V> {
             stays
         });
     }
-
-    /// How many there are.
-    pub(super) fn len(&self) -> usize {
-        self.entries.len()
-    }
 }
 
 #[cfg(test)]
@@ -92,9 +87,9 @@ mod tests {
         assert_eq!(recent.insert('c', 3), Some(2), "b makes room");
         assert_eq!(recent.get(&'a'), Some(&1));
         assert_eq!(recent.insert('a', 4), Some(1), "replaced, and nobody else goes");
-        assert_eq!(recent.len(), 2);
+        assert_eq!(recent.entries.len(), 2);
         recent.retain(|key, _| *key == 'c');
-        assert_eq!((recent.len(), recent.order.len()), (1, 1));
+        assert_eq!((recent.entries.len(), recent.order.len()), (1, 1));
         assert_eq!(recent.evict(), Some(3));
         assert_eq!(recent.evict(), None);
     }

@@ -50,6 +50,16 @@ impl Routes {
         Ok(Self { handle, family, loopback, held: BTreeSet::new() })
     }
 
+    /// Whether routes may be changed at all: removes one that nobody has.
+    pub(super) async fn probe(&mut self) -> io::Result<()> {
+        // For documentation only.
+        let nobody = match self.family {
+            Family::V4 => IpAddr::from([192, 0, 2, 0]),
+            Family::V6 => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0]),
+        };
+        self.remove(vec![nobody]).await.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+    }
+
     /// The netlink socket.
     pub(super) fn handle(&self) -> &Handle {
         &self.handle
@@ -200,17 +210,16 @@ impl Monitor {
                 )
                 | NetlinkPayload::Overrun(_) => return Some(Heard::Around),
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route)) => {
-                    if let Some(address) = ours(&route) {
-                        return Some(Heard::RouteGone(address));
-                    }
-                    if self.counts(&route) {
-                        return Some(Heard::Around);
+                    let ours = ours(&route).map(Heard::RouteGone);
+                    let heard = ours.or(self.counts(&route).then_some(Heard::Around));
+                    if heard.is_some() {
+                        return heard;
                     }
                 }
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => {
-                    if self.counts(&route) {
-                        return Some(Heard::Around);
-                    }
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route))
+                    if self.counts(&route) =>
+                {
+                    return Some(Heard::Around);
                 }
                 _ => {}
             }
