@@ -1,22 +1,25 @@
 //! Writing: one transaction for each change, and only the difference.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     attribute::Attributes,
-    batch::{Batch, Element, TABLE},
-    held::{Changes, Held, Next, affinity_seconds, read_choice},
+    batch::{Batch, Chain, Element, TABLE},
+    changes::{Changes, Plan},
+    held::{Held, Next, affinity_seconds},
+    keys::read_choice,
     layout::{self, DynamicChain, PickChain},
     observe::{Found, observe},
     rules::Layout,
     socket::{NftError, NftSocket},
+    sources::{Sources, SourcesId},
     uapi::{
         NFT_MSG_GETSETELEM, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET,
         NFTA_SET_ELEM_LIST_TABLE,
     },
 };
 use crate::{
-    backend::{Applied, Backend, BackendError, Forget, Goal},
+    backend::{Aftermath, Applied, Backend, BackendError, Forget, Goal},
     model::Family,
     ruleset::{Action, Unit, desired::Desired},
 };
@@ -53,21 +56,23 @@ impl Table {
         let mut strays = Changes::default();
         match observe(&mut self.socket, &self.layout)? {
             Found::Intact { held, strays: found } => {
-                self.held = held;
+                self.held = *held;
                 strays = found;
             }
             Found::Different(why) => {
-                self.rebuild(desired, &mut applied)?;
                 applied.rebuilt = Some(why);
+                if self.rebuild(desired, &mut applied)? {
+                    return Ok(applied);
+                }
             }
         }
-        let units: HashSet<Unit> = desired
+        let mut units: Vec<Unit> = desired
             .units()
             .filter(|unit| unit.family() == self.layout.family)
             .chain(self.held.units())
             .collect();
-        let mut units: Vec<Unit> = units.into_iter().collect();
         units.sort_unstable();
+        units.dedup();
         applied.elements += strays.len();
         if !strays.is_empty() {
             let mut batch = Batch::new(self.layout.family);
@@ -75,6 +80,7 @@ impl Table {
             self.socket.commit(&mut batch)?;
         }
         self.bisect(&units, desired, &mut applied);
+        self.drop_unused_lists();
         Ok(applied)
     }
 
@@ -106,8 +112,10 @@ impl Table {
             // It has taken them before.
             return Ok(());
         }
-        let chains = Layout::common_chains().chain(Layout::one_of_each()).collect();
-        self.socket.check(&mut self.static_part(&chains))
+        let mut needed = Needed::default();
+        needed.chains.extend(Layout::common_chains().chain(Layout::one_of_each()));
+        needed.lists.insert(SourcesId::default(), Sources::new(self.layout.family, &[]));
+        self.socket.check(&mut static_part(&self.layout, &needed))
     }
 
     /// Removes the table; it is no error if there is none.
@@ -124,66 +132,31 @@ impl Table {
     }
 
     /// Makes the table anew with all that is desired, in one transaction. If the kernel refuses
-    /// that, the table is made empty, and the units are tried one by one afterwards.
-    fn rebuild(&mut self, desired: &Desired, applied: &mut Applied) -> Result<(), NftError> {
-        let family = self.layout.family;
-        let mut units: Vec<Unit> = desired.units().filter(|u| u.family() == family).collect();
-        units.sort_unstable();
-        let mut chains: HashSet<DynamicChain> = Layout::common_chains().collect();
-        chains.extend(units.iter().flat_map(|unit| needed_chains(*unit, desired)));
-        let mut fresh = Held::default();
-        fresh.chains = chains.clone();
-        let mut changes = Changes::default();
-        let next: Vec<Next> =
-            units.iter().filter_map(|u| fresh.plan(*u, desired, &mut changes)).collect();
-
-        let mut batch = self.static_part(&chains);
-        let elements = changes.len();
-        changes.write(&mut batch);
-        match self.socket.commit(&mut batch) {
-            Ok(()) => {
-                self.held = fresh;
-                applied.elements += elements;
-                for next in next {
-                    self.held.enter(next, &mut applied.aftermath);
-                }
-                Ok(())
+    /// that, the table is made empty, for the units to be tried one by one afterwards. Whether
+    /// everything is there.
+    fn rebuild(&mut self, desired: &Desired, applied: &mut Applied) -> Result<bool, NftError> {
+        let Whole { needed, mut plan } = whole(&self.layout, desired);
+        let mut batch = static_part(&self.layout, &needed);
+        let elements = plan.early.len() + plan.changes.len();
+        std::mem::take(&mut plan.early).write(&mut batch);
+        std::mem::take(&mut plan.changes).write(&mut batch);
+        let result = self.socket.commit(&mut batch);
+        drop(batch);
+        if let Err(error) = result {
+            if elements == 0 {
+                return Err(error);
             }
-            Err(error) if elements > 0 => {
-                tracing::warn!(%error, "the kernel refused the ruleset as a whole; writing it in parts");
-                self.socket.commit(&mut self.static_part(&chains))?;
-                self.held = fresh;
-                Ok(())
-            }
-            Err(error) => Err(error),
+            tracing::warn!(%error, "the kernel refused the ruleset as a whole; writing it in parts");
+            self.socket.commit(&mut static_part(&self.layout, &needed))?;
+            self.held = needed.held();
+            return Ok(false);
         }
-    }
-
-    fn static_part(&self, dynamic: &HashSet<DynamicChain>) -> Batch {
-        let mut batch = Batch::new(self.layout.family);
-        let fingerprint = self.layout.fingerprint();
-        // Adding first makes the removal valid whether there is a table or not.
-        batch.add_table("");
-        batch.delete_table();
-        batch.add_table(&fingerprint);
-        for set in self.layout.sets() {
-            batch.add_set(&set);
+        self.held = needed.held();
+        applied.elements += elements;
+        for next in plan.early_next.into_iter().chain(plan.next) {
+            self.held.enter(next, &mut applied.aftermath);
         }
-        let mut dynamic: Vec<DynamicChain> = dynamic.iter().copied().collect();
-        dynamic.sort_unstable();
-        let chains: Vec<_> = self
-            .layout
-            .chains()
-            .into_iter()
-            .chain(dynamic.into_iter().map(|chain| self.layout.dynamic_chain(chain)))
-            .collect();
-        for chain in &chains {
-            batch.add_chain(chain);
-        }
-        for chain in &chains {
-            batch.add_rules(chain);
-        }
-        batch
+        Ok(true)
     }
 
     /// Writes these units in one transaction, or, where the kernel refuses, in halves, until only
@@ -210,48 +183,68 @@ impl Table {
         applied: &mut Applied,
     ) -> Result<(), NftError> {
         let family = self.layout.family;
-        let mut changes = Changes::default();
-        let next: Vec<Next> = units
-            .iter()
-            .filter(|unit| unit.family() == family)
-            .filter_map(|unit| self.held.plan(*unit, desired, &mut changes))
-            .collect();
-        self.make_chains(units, desired)?;
-        let elements = changes.len();
+        let units = units.iter().filter(|unit| unit.family() == family);
+        let mut plan = Plan::default();
+        let mut needed = Needed::default();
+        for unit in units {
+            self.held.plan(*unit, desired, &mut plan);
+            needed.add(*unit, desired);
+        }
+        let elements = plan.early.len() + plan.changes.len();
+        self.prepare(needed, plan.early, plan.early_next)?;
         let mut batch = Batch::new(family);
-        changes.write(&mut batch);
+        plan.changes.write(&mut batch);
         self.socket.commit(&mut batch)?;
         applied.elements += elements;
-        for next in next {
+        for next in plan.next {
             self.held.enter(next, &mut applied.aftermath);
         }
         Ok(())
     }
 
-    /// Makes the chains that these units will point to and that aren't there, in a transaction of
-    /// their own.
-    fn make_chains(&mut self, units: &[Unit], desired: &Desired) -> Result<(), NftError> {
-        let family = self.layout.family;
-        let missing: HashSet<DynamicChain> = units
-            .iter()
-            .filter(|unit| unit.family() == family)
-            .flat_map(|unit| needed_chains(*unit, desired))
-            .filter(|chain| !self.held.chains.contains(chain))
-            .collect();
-        if missing.is_empty() {
+    /// Makes what is needed and isn't there, and writes what has to be there first, in a
+    /// transaction of its own. Lists that an earlier one left without use go in the same breath:
+    /// in that earlier one a packet might have been on its way to them.
+    fn prepare(
+        &mut self,
+        mut needed: Needed,
+        early: Changes,
+        early_next: Vec<Next>,
+    ) -> Result<(), NftError> {
+        let unused: Vec<SourcesId> =
+            self.held.unused_lists().filter(|id| !needed.lists.contains_key(id)).collect();
+        needed.chains.retain(|chain| !self.held.chains.contains(chain));
+        needed.lists.retain(|id, _| !self.held.has_list(*id));
+        if needed.chains.is_empty() && early.is_empty() && unused.is_empty() {
             return Ok(());
         }
-        let mut batch = Batch::new(family);
-        let chains: Vec<_> = missing.iter().map(|c| self.layout.dynamic_chain(*c)).collect();
-        for chain in &chains {
-            batch.add_chain(chain);
+        let mut batch = Batch::new(self.layout.family);
+        for id in &unused {
+            batch.delete_chain(&id.name());
+            batch.delete_set(id.name());
         }
-        for chain in &chains {
-            batch.add_rules(chain);
-        }
+        needed.write(&self.layout, Vec::new(), &mut batch);
+        early.write(&mut batch);
         self.socket.commit(&mut batch)?;
-        self.held.chains.extend(missing);
+        for id in unused {
+            self.held.remove_list(id);
+        }
+        self.held.chains.extend(needed.chains);
+        for id in needed.lists.into_keys() {
+            self.held.enter_list(id);
+        }
+        // These are about who may come, which leaves nothing stale.
+        let mut aftermath = Aftermath::default();
+        for next in early_next {
+            self.held.enter(next, &mut aftermath);
+        }
         Ok(())
+    }
+
+    fn drop_unused_lists(&mut self) {
+        if let Err(error) = self.prepare(Needed::default(), Changes::default(), Vec::new()) {
+            tracing::warn!(%error, "lists of sources that nothing uses stay in the kernel");
+        }
     }
 
     /// Makes sticky clients forget endpoints that are gone.
@@ -328,25 +321,103 @@ impl Backend for Table {
     }
 }
 
-/// The chains that a unit's elements will point to, with those that these point to.
-fn needed_chains(unit: Unit, desired: &Desired) -> Vec<DynamicChain> {
-    let Unit::Frontend(frontend) = unit else { return Vec::new() };
-    let Some(action) = desired.action(&frontend) else { return Vec::new() };
-    let Action::Forward { endpoints, masquerade, .. } = action else { return Vec::new() };
-    let seconds = affinity_seconds(action);
-    let pick = |sticky| {
-        DynamicChain::Pick(PickChain {
-            lane: frontend.lane,
-            masquerade: *masquerade,
-            sticky,
-            count: u32::try_from(endpoints.len()).unwrap_or(u32::MAX),
-        })
-    };
-    let mut chains = vec![pick(false)];
-    if let Some(seconds) = seconds {
-        chains.extend([pick(true), DynamicChain::Remember(seconds)]);
+/// Everything that a table should hold.
+#[derive(Debug)]
+pub(super) struct Whole {
+    pub(super) needed: Needed,
+    pub(super) plan: Plan,
+}
+
+/// All that is desired of a table, as if nothing were there.
+pub(super) fn whole(layout: &Layout, desired: &Desired) -> Whole {
+    let mut units: Vec<Unit> = desired.units().filter(|u| u.family() == layout.family).collect();
+    units.sort_unstable();
+    let mut needed = Needed::default();
+    needed.chains.extend(Layout::common_chains());
+    let (fresh, mut plan) = (Held::default(), Plan::default());
+    for unit in units {
+        needed.add(unit, desired);
+        fresh.plan(unit, desired, &mut plan);
     }
-    chains
+    // Nothing is looked up twice here.
+    plan.shared.clear();
+    Whole { needed, plan }
+}
+
+/// What elements point to and what is made when it is needed.
+#[derive(Debug, Default)]
+pub(super) struct Needed {
+    pub(super) chains: BTreeSet<DynamicChain>,
+    pub(super) lists: BTreeMap<SourcesId, Sources>,
+}
+
+impl Needed {
+    /// Adds the chains that a unit's elements will point to, with those that these point to.
+    fn add(&mut self, unit: Unit, desired: &Desired) {
+        let Unit::Frontend(frontend) = unit else { return };
+        let Some(Action::Forward { endpoints, masquerade, affinity, sources }) =
+            desired.action(&frontend)
+        else {
+            return;
+        };
+        let pick = |sticky| {
+            DynamicChain::Pick(PickChain {
+                lane: frontend.lane,
+                masquerade: *masquerade,
+                sticky,
+                count: u32::try_from(endpoints.len()).unwrap_or(u32::MAX),
+            })
+        };
+        self.chains.insert(pick(false));
+        if affinity.is_some() {
+            self.chains.insert(pick(true));
+            let seconds = affinity_seconds(&frontend, desired);
+            self.chains.extend(seconds.map(DynamicChain::Remember));
+        }
+        if let Some(ranges) = sources {
+            let list = Sources::new(frontend.family, ranges);
+            self.chains.insert(DynamicChain::Sources(list.id()));
+            self.lists.insert(list.id(), list);
+        }
+    }
+
+    /// Writes the table's own sets and chains, if any, and then these.
+    fn write(&self, layout: &Layout, own: Vec<Chain>, batch: &mut Batch) {
+        for (id, list) in &self.lists {
+            batch.add_set(&layout.source_set(*id));
+            batch.elements(id.name(), true, list.elements());
+        }
+        let mut chains = own;
+        chains.extend(self.chains.iter().map(|chain| layout.dynamic_chain(*chain)));
+        for chain in &chains {
+            batch.add_chain(chain);
+        }
+        for chain in &chains {
+            batch.add_rules(chain);
+        }
+    }
+
+    /// A table that holds this and no elements.
+    fn held(self) -> Held {
+        let mut held = Held::default();
+        held.chains.extend(self.chains);
+        self.lists.into_keys().for_each(|id| held.enter_list(id));
+        held
+    }
+}
+
+/// The table without its elements, instead of what there is of it.
+fn static_part(layout: &Layout, needed: &Needed) -> Batch {
+    let mut batch = Batch::new(layout.family);
+    // Adding first makes the removal valid whether there is a table or not.
+    batch.add_table("");
+    batch.delete_table();
+    batch.add_table(&layout.fingerprint());
+    for set in layout.sets() {
+        batch.add_set(&set);
+    }
+    needed.write(layout, layout.chains(), &mut batch);
+    batch
 }
 
 /// Whether reading back and writing the difference may help.

@@ -1,7 +1,7 @@
 //! One transaction: tables, chains, rules, maps and their elements in a batch that the kernel
 //! takes whole or not at all.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use super::{
     attribute::{Attributes, Header, Writer, text},
@@ -61,15 +61,26 @@ pub(crate) enum MapData {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Set {
     /// Unique in the table.
-    pub(crate) name: &'static str,
+    pub(crate) name: Cow<'static, str>,
     /// nft's number of the key's type, so that nft can print it.
     pub(crate) key_type: u32,
     /// In bytes; each part of a concatenation is padded to four.
     pub(crate) key_length: u32,
     /// What it maps to.
     pub(crate) data: MapData,
-    /// Filled by packets: elements have a time-out, and there are at most this many.
-    pub(crate) dynamic: Option<u32>,
+    /// What its elements are.
+    pub(crate) kind: SetKind,
+}
+
+/// What a set's elements are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SetKind {
+    /// Single keys, written by the proxy.
+    Plain,
+    /// Single keys, written by packets: each has a time-out, and there are at most this many.
+    Dynamic { size: u32 },
+    /// Where intervals begin and end.
+    Intervals,
 }
 
 /// What a message of a batch is about, for errors.
@@ -84,9 +95,9 @@ pub(crate) enum Subject {
     /// A rule, with the kernel's names of its expressions.
     Rule { chain: String, comment: String, expressions: Vec<&'static str> },
     /// A set or map.
-    Set(&'static str),
+    Set(Cow<'static, str>),
     /// Elements of a set or map.
-    Elements { set: &'static str, added: bool },
+    Elements { set: Cow<'static, str>, added: bool },
 }
 
 impl fmt::Display for Subject {
@@ -229,6 +240,23 @@ impl Batch {
         });
     }
 
+    /// Removes a chain with its rules. Nothing may point to it any more.
+    pub(crate) fn delete_chain(&mut self, name: &str) {
+        self.message(NFT_MSG_DELCHAIN, 0, Subject::Chain(name.to_owned()), |w| {
+            w.text_attribute(NFTA_CHAIN_TABLE, TABLE);
+            w.text_attribute(NFTA_CHAIN_NAME, name);
+        });
+    }
+
+    /// Removes a set with its elements. No rule may look at it any more.
+    pub(crate) fn delete_set(&mut self, name: impl Into<Cow<'static, str>>) {
+        let name = name.into();
+        self.message(NFT_MSG_DELSET, 0, Subject::Set(name.clone()), |w| {
+            w.text_attribute(NFTA_SET_TABLE, TABLE);
+            w.text_attribute(NFTA_SET_NAME, &name);
+        });
+    }
+
     /// Appends a chain's rules to it.
     pub(crate) fn add_rules(&mut self, chain: &Chain) {
         for rule in &chain.rules {
@@ -254,12 +282,16 @@ impl Batch {
     pub(crate) fn add_set(&mut self, set: &Set) {
         self.set_ids += 1;
         let id = self.set_ids;
-        self.message(NFT_MSG_NEWSET, NLM_F_CREATE, Subject::Set(set.name), |w| {
+        self.message(NFT_MSG_NEWSET, NLM_F_CREATE, Subject::Set(set.name.clone()), |w| {
             w.text_attribute(NFTA_SET_TABLE, TABLE);
-            w.text_attribute(NFTA_SET_NAME, set.name);
+            w.text_attribute(NFTA_SET_NAME, &set.name);
             let map = if set.data == MapData::None { 0 } else { NFT_SET_MAP };
-            let dynamic = if set.dynamic.is_some() { NFT_SET_TIMEOUT | NFT_SET_EVAL } else { 0 };
-            w.u32_attribute(NFTA_SET_FLAGS, map | dynamic);
+            let kind = match set.kind {
+                SetKind::Plain => 0,
+                SetKind::Dynamic { .. } => NFT_SET_TIMEOUT | NFT_SET_EVAL,
+                SetKind::Intervals => NFT_SET_INTERVAL,
+            };
+            w.u32_attribute(NFTA_SET_FLAGS, map | kind);
             w.u32_attribute(NFTA_SET_KEY_TYPE, set.key_type);
             w.u32_attribute(NFTA_SET_KEY_LEN, set.key_length);
             match set.data {
@@ -274,7 +306,7 @@ impl Batch {
                     w.u32_attribute(NFTA_SET_DATA_LEN, length);
                 }
             }
-            if let Some(size) = set.dynamic {
+            if let SetKind::Dynamic { size } = set.kind {
                 w.nest(NFTA_SET_DESC, |w| w.u32_attribute(NFTA_SET_DESC_SIZE, size));
             }
             w.u32_attribute(NFTA_SET_ID, id);
@@ -282,18 +314,23 @@ impl Batch {
     }
 
     /// Writes elements, spread over as many messages as they need.
-    pub(crate) fn elements<I>(&mut self, set: &'static str, added: bool, elements: I)
-    where
+    pub(crate) fn elements<I>(
+        &mut self,
+        set: impl Into<Cow<'static, str>>,
+        added: bool,
+        elements: I,
+    ) where
         I: IntoIterator<Item = Element>,
     {
+        let set = set.into();
         let mut elements = elements.into_iter().peekable();
         while elements.peek().is_some() {
             let (message, flags) =
                 if added { (NFT_MSG_NEWSETELEM, NLM_F_CREATE) } else { (NFT_MSG_DELSETELEM, 0) };
-            let start = self.begin(message, flags, Subject::Elements { set, added });
+            let start = self.begin(message, flags, Subject::Elements { set: set.clone(), added });
             let w = &mut self.writer;
             w.text_attribute(NFTA_SET_ELEM_LIST_TABLE, TABLE);
-            w.text_attribute(NFTA_SET_ELEM_LIST_SET, set);
+            w.text_attribute(NFTA_SET_ELEM_LIST_SET, &set);
             let list = w.begin_nest(NFTA_SET_ELEM_LIST_ELEMENTS);
             while w.len() - list < ELEMENTS_MAX
                 && let Some(element) = elements.next()
@@ -386,6 +423,8 @@ pub(crate) enum Data {
     Value(Bytes),
     /// A verdict.
     Verdict(Verdict),
+    /// Nothing: the first key that an interval doesn't reach any more.
+    IntervalEnd,
 }
 
 /// One element of a set or map.
@@ -404,6 +443,9 @@ impl Element {
         if with_data {
             match &self.data {
                 Data::None => {}
+                Data::IntervalEnd => {
+                    w.u32_attribute(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
+                }
                 Data::Value(value) => w.nest(NFTA_SET_ELEM_DATA, |w| {
                     w.bytes_attribute(NFTA_DATA_VALUE, value.as_slice());
                 }),
@@ -416,7 +458,9 @@ impl Element {
     /// Reads an element as the kernel lists it.
     pub(crate) fn parse(attributes: Attributes<'_>) -> Option<Self> {
         let key = Attributes(attributes.find(NFTA_SET_ELEM_KEY)?).find(NFTA_DATA_VALUE)?;
+        let flags = attributes.find_u32(NFTA_SET_ELEM_FLAGS).unwrap_or(0);
         let data = match attributes.find(NFTA_SET_ELEM_DATA).map(Attributes) {
+            None if flags & NFT_SET_ELEM_INTERVAL_END != 0 => Data::IntervalEnd,
             None => Data::None,
             Some(data) => match (data.find(NFTA_DATA_VALUE), data.find(NFTA_DATA_VERDICT)) {
                 (Some(value), _) => Data::Value(Bytes::from_slice(value)),

@@ -3,6 +3,8 @@
 //! A rule is a list of small steps over registers: load a header field, look it up in a map,
 //! translate. Registers have 4 bytes; what is looked up together stands in consecutive ones.
 
+use std::borrow::Cow;
+
 use super::{attribute::Writer, uapi::*};
 
 /// One 4-byte register (`NFT_REG32_00` is 8).
@@ -14,6 +16,11 @@ impl Register {
     pub(crate) const fn new(index: u32) -> Self {
         assert!(index < 16, "there are 16 registers");
         Self(8 + index)
+    }
+
+    /// Which one it is, from 0 to 15.
+    pub(crate) const fn index(self) -> u32 {
+        self.0 - 8
     }
 
     /// Sixteen-byte registers have numbers of their own, which nft prefers where one begins: it
@@ -100,8 +107,12 @@ pub(crate) enum Expression {
     Random { to: Register, modulus: u32 },
     /// Whose address the destination is, as the routing table has it (`fib daddr type`).
     DestinationType { to: Register },
+    /// The name of the interface that the packet came in by; all zeroes if it came in by none.
+    InputInterface { to: Register },
     /// Goes on if the key is in the set.
     InSet { set: &'static str, key: Register },
+    /// Goes on if the key is not in the set.
+    NotInSet { set: Cow<'static, str>, key: Register },
     /// Loads what the map has for the key; ends the rule if it has nothing.
     MapLookup { map: &'static str, key: Register, to: Register },
     /// Does what the verdict map says for the key; goes on to the next rule if it says nothing.
@@ -129,11 +140,17 @@ impl Expression {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::NetworkHeader { .. } | Self::TransportHeader { .. } => "payload",
-            Self::TransportProtocol { .. } | Self::Mark { .. } | Self::SetMark { .. } => "meta",
+            Self::TransportProtocol { .. }
+            | Self::InputInterface { .. }
+            | Self::Mark { .. }
+            | Self::SetMark { .. } => "meta",
             Self::Connection { .. } => "ct",
             Self::Random { .. } => "numgen",
             Self::DestinationType { .. } => "fib",
-            Self::InSet { .. } | Self::MapLookup { .. } | Self::VerdictLookup { .. } => "lookup",
+            Self::InSet { .. }
+            | Self::NotInSet { .. }
+            | Self::MapLookup { .. }
+            | Self::VerdictLookup { .. } => "lookup",
             Self::UpdateMap { .. } => "dynset",
             Self::Compare { .. } => "cmp",
             Self::Bitwise { .. } => "bitwise",
@@ -166,6 +183,10 @@ impl Expression {
             }
             Self::Mark { to } => {
                 w.u32_attribute(NFTA_META_KEY, NFT_META_MARK);
+                w.u32_attribute(NFTA_META_DREG, to.number());
+            }
+            Self::InputInterface { to } => {
+                w.u32_attribute(NFTA_META_KEY, NFT_META_IIFNAME);
                 w.u32_attribute(NFTA_META_DREG, to.number());
             }
             Self::SetMark { from } => {
@@ -201,6 +222,11 @@ impl Expression {
             Self::InSet { set, key } => {
                 w.text_attribute(NFTA_LOOKUP_SET, set);
                 w.u32_attribute(NFTA_LOOKUP_SREG, key.number());
+            }
+            Self::NotInSet { set, key } => {
+                w.text_attribute(NFTA_LOOKUP_SET, set);
+                w.u32_attribute(NFTA_LOOKUP_SREG, key.number());
+                w.u32_attribute(NFTA_LOOKUP_FLAGS, NFT_LOOKUP_F_INV);
             }
             Self::MapLookup { map, key, to } => {
                 w.text_attribute(NFTA_LOOKUP_SET, map);

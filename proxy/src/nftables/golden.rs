@@ -6,7 +6,7 @@ use netlink_packet_netfilter::NetfilterMessage;
 use super::{
     batch::{Batch, Bytes, Data, Element},
     expression::Verdict,
-    held::frontend_key,
+    keys::frontend_key,
     layout::{self, DynamicChain, PickChain},
     rules::Layout,
 };

@@ -1,18 +1,22 @@
 //! What the kernel holds, by unit, and what to write to get to what it should hold.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    collections::{BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
 };
 
 use super::{
-    batch::{Batch, Bytes, Data, Element},
+    batch::Data,
+    changes::{Changes, Plan},
     expression::Verdict,
+    keys::{address_element, endpoint_bytes, frontend_key},
     layout::{self, DynamicChain, PickChain},
+    sources::{Sources, SourcesId},
 };
 use crate::{
     backend::{Aftermath, Forget, Stale},
-    model::{Endpoint, Family, Protocol},
+    model::{Endpoint, Protocol},
     ruleset::{Action, AddressSet, Frontend, Lane, Unit, desired::Desired, slots},
 };
 
@@ -35,7 +39,7 @@ impl Chosen {
         }
     }
 
-    fn read(verdict: &Verdict) -> Self {
+    pub(super) fn read(verdict: &Verdict) -> Self {
         match verdict {
             Verdict::Drop => Self::Drop,
             Verdict::Goto(chain) => PickChain::parse(chain).map_or(Self::Foreign, Self::Pick),
@@ -51,58 +55,25 @@ pub(crate) struct HeldFrontend {
     pub(crate) chosen: Option<Chosen>,
     /// In the map of those without endpoints.
     pub(crate) rejected: bool,
-    /// For how many seconds a client's endpoint is remembered.
-    pub(crate) sticky: Option<u32>,
-    /// The endpoints by index.
-    pub(crate) slots: Box<[Endpoint]>,
+    /// The endpoints by index; where their order is the desired one too, both share it.
+    pub(crate) slots: Arc<[Endpoint]>,
 }
 
 /// What the kernel holds in one table.
 #[derive(Debug, Default)]
 pub(crate) struct Held {
-    frontends: HashMap<Frontend, HeldFrontend>,
-    addresses: HashSet<(AddressSet, IpAddr)>,
+    pub(super) frontends: HashMap<Frontend, HeldFrontend>,
+    pub(super) addresses: HashSet<(AddressSet, IpAddr)>,
+    /// From where clients may come. Lanes of one address share this and the next.
+    pub(super) firewall: HashMap<Frontend, SourcesId>,
+    /// For how many seconds a client's endpoint is remembered.
+    pub(super) sticky: HashMap<Frontend, u32>,
+    /// How many frontends use each list of sources.
+    lists: HashMap<SourcesId, usize>,
+    /// Lists that nothing points to.
+    unused_lists: BTreeSet<SourcesId>,
     /// The chains that were made when they were needed.
     pub(crate) chains: HashSet<DynamicChain>,
-}
-
-/// Elements to remove from and to add to each set: removals first.
-#[derive(Debug, Default)]
-pub(crate) struct Changes {
-    removed: BTreeMap<&'static str, Vec<Element>>,
-    added: BTreeMap<&'static str, Vec<Element>>,
-}
-
-impl Changes {
-    /// Removes an element, which must be there.
-    pub(crate) fn remove(&mut self, set: &'static str, key: Bytes) {
-        self.removed.entry(set).or_default().push(Element { key, data: Data::None });
-    }
-
-    /// Adds an element, which must not be there, or must have been removed in the same breath.
-    pub(crate) fn add(&mut self, set: &'static str, key: Bytes, data: Data) {
-        self.added.entry(set).or_default().push(Element { key, data });
-    }
-
-    /// Whether there is nothing to do.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.removed.is_empty() && self.added.is_empty()
-    }
-
-    /// How many elements are removed or added.
-    pub(crate) fn len(&self) -> usize {
-        self.removed.values().chain(self.added.values()).map(Vec::len).sum()
-    }
-
-    /// Writes all of it.
-    pub(crate) fn write(self, batch: &mut Batch) {
-        for (set, elements) in self.removed {
-            batch.elements(set, false, elements);
-        }
-        for (set, elements) in self.added {
-            batch.elements(set, true, elements);
-        }
-    }
 }
 
 /// A unit's next state, to be entered once the kernel has it.
@@ -112,13 +83,18 @@ pub(crate) enum Next {
     Address(AddressSet, IpAddr, bool),
     /// A frontend, or none.
     Frontend(Frontend, Option<HeldFrontend>),
+    /// From where clients of a frontend may come.
+    Firewall(Frontend, Option<SourcesId>),
+    /// For how many seconds clients of a frontend are remembered.
+    Sticky(Frontend, Option<u32>),
 }
 
 impl Held {
     /// Everything that is there.
     pub(crate) fn units(&self) -> impl Iterator<Item = Unit> + '_ {
         let addresses = self.addresses.iter().map(|(set, address)| Unit::Address(*set, *address));
-        addresses.chain(self.frontends.keys().map(|f| Unit::Frontend(*f)))
+        let frontends = self.frontends.keys().chain(self.firewall.keys()).chain(self.sticky.keys());
+        addresses.chain(frontends.map(|f| Unit::Frontend(*f)))
     }
 
     /// How many units are there.
@@ -126,33 +102,76 @@ impl Held {
         self.frontends.len() + self.addresses.len()
     }
 
-    /// What to write to bring a unit to what is desired: elements into `changes`, and what is then
-    /// held. `None` if it is there already.
-    pub(crate) fn plan(
-        &self,
-        unit: Unit,
-        desired: &Desired,
-        changes: &mut Changes,
-    ) -> Option<Next> {
+    /// Plans what to write to bring a unit to what is desired.
+    pub(crate) fn plan(&self, unit: Unit, desired: &Desired, plan: &mut Plan) {
         match unit {
             Unit::Address(set, address) => {
                 let wanted = desired.has_address(set, address);
                 if wanted == self.addresses.contains(&(set, address)) {
-                    return None;
+                    return;
                 }
                 let (name, key) = address_element(set, address);
                 if wanted {
-                    changes.add(name, key, Data::None);
+                    plan.changes.add(name, key, Data::None);
                 } else {
-                    changes.remove(name, key);
+                    plan.changes.remove(name, key);
                 }
-                Some(Next::Address(set, address, wanted))
+                plan.next.push(Next::Address(set, address, wanted));
             }
             Unit::Frontend(frontend) => {
                 let held = self.frontends.get(&frontend);
-                let next = plan_frontend(&frontend, held, desired.action(&frontend), changes);
-                (held != next.as_ref()).then_some(Next::Frontend(frontend, next))
+                let action = desired.action(&frontend);
+                let next = plan_frontend(&frontend, held, action, &mut plan.changes);
+                // What was read from the kernel gives way to what is shared with `desired`.
+                let same_place =
+                    |(a, b): (&HeldFrontend, &HeldFrontend)| Arc::ptr_eq(&a.slots, &b.slots);
+                if held != next.as_ref() || !held.zip(next.as_ref()).is_none_or(same_place) {
+                    plan.next.push(Next::Frontend(frontend, next));
+                }
+                self.plan_shared(&frontend, desired, plan);
             }
+        }
+    }
+
+    /// Plans what the lanes of a frontend share.
+    fn plan_shared(&self, frontend: &Frontend, desired: &Desired, plan: &mut Plan) {
+        let shared = shared(frontend);
+        let maps = layout::lane_maps(shared.lane);
+        let sources = maps.firewall.and_then(|_| Sources::of(&shared, desired)).map(|l| l.id());
+        let held_sources = self.firewall.get(&shared).copied();
+        let sticky = affinity_seconds(&shared, desired);
+        let held_sticky = self.sticky.get(&shared).copied();
+        if (sources, sticky) == (held_sources, held_sticky) || !plan.shared.insert(shared) {
+            return;
+        }
+        let key = frontend_key(&shared);
+        let goto = |chain: DynamicChain| Data::Verdict(Verdict::Goto(chain.name()));
+        if let Some(map) = maps.firewall
+            && sources != held_sources
+        {
+            let next = Next::Firewall(shared, sources);
+            match (held_sources, sources) {
+                (None, Some(id)) => {
+                    plan.early.add(map, key, goto(DynamicChain::Sources(id)));
+                    plan.early_next.push(next);
+                }
+                (_, sources) => {
+                    plan.changes.remove(map, key);
+                    if let Some(id) = sources {
+                        plan.changes.add(map, key, goto(DynamicChain::Sources(id)));
+                    }
+                    plan.next.push(next);
+                }
+            }
+        }
+        if sticky != held_sticky {
+            if held_sticky.is_some() {
+                plan.changes.remove(maps.sticky, key);
+            }
+            if let Some(seconds) = sticky {
+                plan.changes.add(maps.sticky, key, goto(DynamicChain::Remember(seconds)));
+            }
+            plan.next.push(Next::Sticky(shared, sticky));
         }
     }
 
@@ -164,6 +183,13 @@ impl Held {
             }
             Next::Address(set, address, false) => {
                 self.addresses.remove(&(set, address));
+            }
+            Next::Firewall(frontend, sources) => self.enter_sources(frontend, sources),
+            Next::Sticky(frontend, Some(seconds)) => {
+                self.sticky.insert(frontend, seconds);
+            }
+            Next::Sticky(frontend, None) => {
+                self.sticky.remove(&frontend);
             }
             Next::Frontend(frontend, next) => {
                 let before = match next.clone() {
@@ -185,33 +211,69 @@ impl Held {
         }
     }
 
-    /// Takes in one element of a set as the kernel lists it; what the proxy can't have written
-    /// goes to `strays`, to be removed. Call [`Reading::finish`] after the last.
-    pub(crate) fn reading(family: Family) -> Reading {
-        Reading {
-            family,
-            held: Self::default(),
-            indices: HashMap::new(),
-            strays: Changes::default(),
+    /// Enters from where clients may come, and counts who uses which list.
+    pub(super) fn enter_sources(&mut self, frontend: Frontend, sources: Option<SourcesId>) {
+        let before = match sources {
+            Some(id) => {
+                *self.lists.entry(id).or_default() += 1;
+                self.unused_lists.remove(&id);
+                self.firewall.insert(frontend, id)
+            }
+            None => self.firewall.remove(&frontend),
+        };
+        if let Some(id) = before
+            && let Some(uses) = self.lists.get_mut(&id)
+        {
+            *uses = uses.saturating_sub(1);
+            if *uses == 0 {
+                self.unused_lists.insert(id);
+            }
         }
     }
-}
 
-/// For how many seconds clients of a frontend are remembered.
-pub(crate) fn affinity_seconds(action: &Action) -> Option<u32> {
-    match action {
-        Action::Forward { affinity: Some(affinity), .. } => u32::try_from(affinity.as_secs()).ok(),
-        _ => None,
+    /// Enters that a list is there, whether anything points to it or not.
+    pub(super) fn enter_list(&mut self, id: SourcesId) {
+        if *self.lists.entry(id).or_default() == 0 {
+            self.unused_lists.insert(id);
+        }
+    }
+
+    /// Enters that a list is gone.
+    pub(super) fn remove_list(&mut self, id: SourcesId) {
+        self.lists.remove(&id);
+        self.unused_lists.remove(&id);
+        self.chains.remove(&DynamicChain::Sources(id));
+    }
+
+    /// Lists of sources that nothing points to.
+    pub(super) fn unused_lists(&self) -> impl Iterator<Item = SourcesId> + '_ {
+        self.unused_lists.iter().copied()
+    }
+
+    /// Whether a list is there.
+    pub(super) fn has_list(&self, id: SourcesId) -> bool {
+        self.lists.contains_key(&id)
     }
 }
 
-/// Reads an element of the affinity map: what the client connected to, and where it was sent.
-pub(crate) fn read_choice(family: Family, element: &Element) -> Option<(Frontend, Endpoint)> {
-    let (_, rest) = read_address(element.key.as_slice(), family)?;
-    let (frontend, rest) = read_frontend(rest, family, Lane::Address)?;
-    let Data::Value(value) = &element.data else { return None };
-    let endpoint = read_endpoint(value.as_slice(), family)?;
-    rest.is_empty().then_some((frontend, endpoint))
+/// The frontend under whose name the lanes of one address, or of one node port, share elements.
+fn shared(frontend: &Frontend) -> Frontend {
+    let lane = if frontend.lane.with_address() { Lane::Address } else { Lane::NodePort };
+    Frontend { lane, ..*frontend }
+}
+
+/// For how many seconds clients of a frontend are remembered, in whichever lane.
+pub(crate) fn affinity_seconds(frontend: &Frontend, desired: &Desired) -> Option<u32> {
+    let shared = shared(frontend);
+    let inside =
+        if shared.lane.with_address() { Lane::AddressInside } else { Lane::NodePortInside };
+    let seconds = |lane| match desired.action(&Frontend { lane, ..shared }) {
+        Some(Action::Forward { affinity, .. }) => {
+            Some(affinity.and_then(|time| u32::try_from(time.as_secs()).ok()))
+        }
+        _ => None,
+    };
+    seconds(shared.lane).or_else(|| seconds(inside)).flatten()
 }
 
 fn plan_frontend(
@@ -266,22 +328,11 @@ fn plan_frontend(
             changes.remove(map, key);
         }
     }
-    let mut sticky = None;
-    if let Some(map) = maps.sticky {
-        sticky = action.and_then(affinity_seconds);
-        let before = held.and_then(|held| held.sticky);
-        if before != sticky {
-            if before.is_some() {
-                changes.remove(map, key);
-            }
-            if let Some(seconds) = sticky {
-                let chain = DynamicChain::Remember(seconds).name();
-                changes.add(map, key, Data::Verdict(Verdict::Goto(chain)));
-            }
-        }
-    }
-    action?;
-    Some(HeldFrontend { chosen, rejected, sticky, slots: slots.into() })
+    let slots: Arc<[Endpoint]> = match action? {
+        Action::Forward { endpoints, .. } if **endpoints == *slots => Arc::clone(endpoints),
+        _ => slots.into(),
+    };
+    Some(HeldFrontend { chosen, rejected, slots })
 }
 
 impl HeldFrontend {
@@ -303,7 +354,7 @@ fn stale_choices(
     forget.extend(
         before
             .iter()
-            .flat_map(|before| &before.slots)
+            .flat_map(|before| before.slots.iter())
             .filter(|endpoint| !after.slots.contains(endpoint))
             .map(|endpoint| Forget { frontend: *frontend, endpoint: Some(*endpoint) }),
     );
@@ -326,158 +377,4 @@ fn stale_connections(
             .filter(|e| !after.contains(e))
             .map(|e| Stale { frontend: *frontend, endpoint: Some(*e) }),
     );
-}
-
-fn address_bytes(key: Bytes, address: IpAddr) -> Bytes {
-    match address {
-        IpAddr::V4(v4) => key.part(&v4.octets()),
-        IpAddr::V6(v6) => key.part(&v6.octets()),
-    }
-}
-
-fn address_element(set: AddressSet, address: IpAddr) -> (&'static str, Bytes) {
-    let key = address_bytes(Bytes::new(), address);
-    match set {
-        AddressSet::ClusterAddresses => (layout::CLUSTER_IPS, key),
-        AddressSet::Hairpin => (layout::HAIRPIN, address_bytes(key, address)),
-        AddressSet::NodeAddresses => (layout::NODEPORT_IPS, key),
-    }
-}
-
-/// The key of a frontend in its verdict maps.
-pub(crate) fn frontend_key(frontend: &Frontend) -> Bytes {
-    let key = match frontend.address {
-        Some(address) => address_bytes(Bytes::new(), address),
-        None => Bytes::new(),
-    };
-    key.part(&[frontend.protocol.number()]).part(&frontend.port.to_be_bytes())
-}
-
-fn endpoint_bytes(endpoint: Endpoint) -> Bytes {
-    address_bytes(Bytes::new(), endpoint.address).part(&endpoint.port.to_be_bytes())
-}
-
-/// Takes an address off the front of a key.
-fn read_address(bytes: &[u8], family: Family) -> Option<(IpAddr, &[u8])> {
-    match family {
-        Family::V4 => {
-            let (address, rest) = bytes.split_first_chunk::<4>()?;
-            Some((Ipv4Addr::from(*address).into(), rest))
-        }
-        Family::V6 => {
-            let (address, rest) = bytes.split_first_chunk::<16>()?;
-            Some((Ipv6Addr::from(*address).into(), rest))
-        }
-    }
-}
-
-fn read_port(bytes: &[u8]) -> Option<(u16, &[u8])> {
-    let (part, rest) = bytes.split_first_chunk::<4>()?;
-    let port = u16::from_be_bytes([part[0], part[1]]);
-    (port != 0 && part[2..] == [0, 0]).then_some((port, rest))
-}
-
-fn read_endpoint(bytes: &[u8], family: Family) -> Option<Endpoint> {
-    let (address, rest) = read_address(bytes, family)?;
-    let (port, rest) = read_port(rest)?;
-    rest.is_empty().then_some(Endpoint { address, port })
-}
-
-/// Takes a frontend off the front of a key.
-fn read_frontend(bytes: &[u8], family: Family, lane: Lane) -> Option<(Frontend, &[u8])> {
-    let (address, rest) = if lane.with_address() {
-        let (address, rest) = read_address(bytes, family)?;
-        (Some(address), rest)
-    } else {
-        (None, bytes)
-    };
-    let (protocol, rest) = rest.split_first_chunk::<4>()?;
-    let protocol = Protocol::from_number(protocol[0]).filter(|_| protocol[1..] == [0, 0, 0])?;
-    let (port, rest) = read_port(rest)?;
-    Some((Frontend { family, lane, address, protocol, port }, rest))
-}
-
-/// The kernel's elements, as they are being listed.
-#[derive(Debug)]
-pub(crate) struct Reading {
-    family: Family,
-    held: Held,
-    indices: HashMap<Frontend, BTreeMap<u32, Endpoint>>,
-    strays: Changes,
-}
-
-impl Reading {
-    /// Takes in an element of a set.
-    pub(crate) fn element(&mut self, set: &'static str, element: &Element) {
-        if self.take(set, element).is_none() {
-            self.strays.remove(set, element.key);
-        }
-    }
-
-    /// All that was read, and what to remove because it makes no sense.
-    pub(crate) fn finish(mut self) -> (Held, Changes) {
-        for (frontend, indices) in self.indices {
-            let maps = layout::lane_maps(frontend.lane);
-            let mut slots = Vec::new();
-            for (index, endpoint) in indices {
-                // Only a row without holes from 0 on is of use.
-                if index as usize == slots.len() {
-                    slots.push(endpoint);
-                } else {
-                    let key = frontend_key(&frontend).part(&index.to_ne_bytes());
-                    self.strays.remove(maps.endpoints, key);
-                }
-            }
-            self.held.frontends.entry(frontend).or_default().slots = slots.into();
-        }
-        (self.held, self.strays)
-    }
-
-    fn take(&mut self, set: &'static str, element: &Element) -> Option<()> {
-        let key = element.key.as_slice();
-        for lane in Lane::ALL {
-            let maps = layout::lane_maps(lane);
-            let sets = [Some(maps.verdicts), Some(maps.endpoints), maps.rejects, maps.sticky];
-            if !sets.contains(&Some(set)) {
-                continue;
-            }
-            let (frontend, rest) = read_frontend(key, self.family, lane)?;
-            if maps.endpoints == set {
-                let index = u32::from_ne_bytes(*rest.first_chunk::<4>()?);
-                let Data::Value(value) = &element.data else { return None };
-                let endpoint = read_endpoint(value.as_slice(), self.family)?;
-                self.indices.entry(frontend).or_default().insert(index, endpoint);
-                return Some(());
-            }
-            let Data::Verdict(verdict) = &element.data else { return None };
-            if maps.verdicts == set {
-                let chosen = Chosen::read(verdict);
-                self.held.frontends.entry(frontend).or_default().chosen = Some(chosen);
-            } else if maps.sticky == Some(set) {
-                let Verdict::Goto(chain) = verdict else { return None };
-                let DynamicChain::Remember(seconds) = DynamicChain::parse(chain)? else {
-                    return None;
-                };
-                self.held.frontends.entry(frontend).or_default().sticky = Some(seconds);
-            } else {
-                if *verdict != Verdict::Goto(layout::REJECT.into()) {
-                    return None;
-                }
-                self.held.frontends.entry(frontend).or_default().rejected = true;
-            }
-            return Some(());
-        }
-        let (address, rest) = read_address(key, self.family)?;
-        let set = match set {
-            layout::CLUSTER_IPS => AddressSet::ClusterAddresses,
-            layout::NODEPORT_IPS => AddressSet::NodeAddresses,
-            layout::HAIRPIN => {
-                let (second, _) = read_address(rest, self.family)?;
-                (second == address).then_some(AddressSet::Hairpin)?
-            }
-            _ => return None,
-        };
-        self.held.addresses.insert((set, address));
-        Some(())
-    }
 }

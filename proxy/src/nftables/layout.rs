@@ -2,6 +2,7 @@
 //!
 //! Each has its purpose in the table of the crate's `README.md`.
 
+use super::sources::SourcesId;
 use crate::ruleset::{Lane, Masquerade};
 
 /// `address . protocol . port → goto endpoints-N`.
@@ -20,6 +21,8 @@ pub(crate) const NODEPORT_INSIDE_ENDPOINTS: &str = "nodeport-inside-endpoints";
 pub(crate) const SERVICES_INSIDE: &str = "services-inside";
 /// `address . protocol . port . index → address . port`.
 pub(crate) const INSIDE_ENDPOINTS: &str = "inside-endpoints";
+/// `address . protocol . port → goto sources-LIST`: from where clients may come.
+pub(crate) const FIREWALL: &str = "firewall";
 /// `address . protocol . port → goto reject-at-once`.
 pub(crate) const NO_ENDPOINTS: &str = "no-endpoints";
 /// `protocol . port → goto reject-at-once`.
@@ -54,8 +57,10 @@ pub(crate) struct LaneMaps {
     pub(crate) endpoints: &'static str,
     /// The verdict map of those without endpoints; no lane but the first of its address needs one.
     pub(crate) rejects: Option<&'static str>,
-    /// The verdict map that says how long a client stays; shared by lanes of one address.
-    pub(crate) sticky: Option<&'static str>,
+    /// The verdict map that says how long a client stays; lanes of one address share it.
+    pub(crate) sticky: &'static str,
+    /// The verdict map that says from where clients may come; shared likewise.
+    pub(crate) firewall: Option<&'static str>,
 }
 
 /// The maps in which a lane's traffic is looked up.
@@ -65,25 +70,29 @@ pub(crate) fn lane_maps(lane: Lane) -> LaneMaps {
             verdicts: SERVICES,
             endpoints: ENDPOINTS,
             rejects: Some(NO_ENDPOINTS),
-            sticky: Some(STICKY),
+            sticky: STICKY,
+            firewall: Some(FIREWALL),
         },
         Lane::AddressInside => LaneMaps {
             verdicts: SERVICES_INSIDE,
             endpoints: INSIDE_ENDPOINTS,
             rejects: None,
-            sticky: None,
+            sticky: STICKY,
+            firewall: Some(FIREWALL),
         },
         Lane::NodePort => LaneMaps {
             verdicts: NODEPORTS,
             endpoints: NODEPORT_ENDPOINTS,
             rejects: Some(NO_ENDPOINT_NODEPORTS),
-            sticky: Some(STICKY_NODEPORTS),
+            sticky: STICKY_NODEPORTS,
+            firewall: None,
         },
         Lane::NodePortInside => LaneMaps {
             verdicts: NODEPORTS_INSIDE,
             endpoints: NODEPORT_INSIDE_ENDPOINTS,
             rejects: None,
-            sticky: None,
+            sticky: STICKY_NODEPORTS,
+            firewall: None,
         },
     }
 }
@@ -131,6 +140,8 @@ pub(crate) enum DynamicChain {
     Pick(PickChain),
     /// Remembers for so many seconds where a client was sent.
     Remember(u32),
+    /// Drops what doesn't come from these ranges.
+    Sources(SourcesId),
 }
 
 impl DynamicChain {
@@ -139,15 +150,17 @@ impl DynamicChain {
         match self {
             Self::Pick(pick) => pick.name(),
             Self::Remember(seconds) => format!("{REMEMBER}-{seconds}"),
+            Self::Sources(id) => id.name(),
         }
     }
 
     /// The chain with this name.
     pub(crate) fn parse(name: &str) -> Option<Self> {
         let seconds = name.strip_prefix(REMEMBER).and_then(|rest| rest.strip_prefix('-'));
-        let chain = match seconds {
-            Some(seconds) => Self::Remember(seconds.parse().ok()?),
-            None => Self::Pick(PickChain::parse(name)?),
+        let chain = match (seconds, SourcesId::parse(name)) {
+            (Some(seconds), _) => Self::Remember(seconds.parse().ok()?),
+            (None, Some(id)) => Self::Sources(id),
+            (None, None) => Self::Pick(PickChain::parse(name)?),
         };
         (chain.name() == name).then_some(chain)
     }

@@ -6,10 +6,12 @@
 //!                      └──── held: what it has taken ◄───┘
 //! ```
 //!
-//! [`layout`] has the names and [`rules`] the chains and rules, which don't depend on Services at all; [`held`] turns units
-//! into elements of maps and back; [`batch`], [`expression`] and [`attribute`] are the encoder;
-//! [`socket`] talks to the kernel; [`observe`] reads back; [`apply`] writes; [`monitor`] hears of
-//! others who write. The packet's path is drawn in the crate's `README.md`.
+//! [`layout`] has the names; [`rules`] the chains and rules that don't depend on Services at all and
+//! [`picks`] those that are made when they are needed, both put together from [`steps`]; [`held`]
+//! turns units into [`changes`] of elements ([`keys`], [`sources`]), and [`reading`] turns elements
+//! back; [`batch`], [`expression`] and [`attribute`] are the encoder; [`socket`] talks to the
+//! kernel; [`observe`] reads back; [`apply`] writes; [`monitor`] hears of others who write; [`text`] prints all of it
+//! without a kernel. The packet's path is drawn in the crate's `README.md`.
 //!
 //! The number of chains and rules doesn't grow with Services, and the cost of a change doesn't
 //! either. What another program may see is never half a change.
@@ -17,13 +19,20 @@
 pub(crate) mod apply;
 pub(crate) mod attribute;
 pub(crate) mod batch;
+pub(crate) mod changes;
 pub(crate) mod expression;
 pub(crate) mod held;
+pub(crate) mod keys;
 pub(crate) mod layout;
 pub(crate) mod monitor;
 pub(crate) mod observe;
+pub(crate) mod picks;
+pub(crate) mod reading;
 pub(crate) mod rules;
 pub(crate) mod socket;
+pub(crate) mod sources;
+pub(crate) mod steps;
+pub(crate) mod text;
 pub(crate) mod uapi;
 
 #[cfg(test)]
@@ -32,3 +41,5 @@ mod golden;
 mod model_test;
 #[cfg(test)]
 mod packets;
+#[cfg(test)]
+mod ruleset_test;

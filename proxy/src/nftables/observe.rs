@@ -1,17 +1,21 @@
 //! Reading back what the kernel holds: at the start and after somebody else's edit, never else.
 
 use std::{
+    borrow::Cow,
     cell::RefCell,
     collections::{HashMap, HashSet},
 };
 
 use super::{
     attribute::Attributes,
-    batch::{Chain, Element, TABLE, comment_of},
-    held::{Changes, Held},
+    batch::{Chain, Element, SetKind, TABLE, comment_of},
+    changes::Changes,
+    held::Held,
     layout::DynamicChain,
+    reading::Reading,
     rules::Layout,
     socket::{NftError, NftSocket},
+    sources::{Sources, SourcesId},
     uapi::*,
 };
 
@@ -21,7 +25,7 @@ pub(crate) enum Found {
     /// The table with all its chains and rules as this program would make them.
     Intact {
         /// Its elements and picking chains.
-        held: Held,
+        held: Box<Held>,
         /// Elements that make no sense, to be removed.
         strays: Changes,
     },
@@ -49,7 +53,7 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
         return different("it was written by another release or with another configuration".into());
     }
     let sets = set_names(socket, layout)?;
-    if let Some(set) = layout.sets().iter().find(|set| !sets.contains(set.name)) {
+    if let Some(set) = layout.sets().iter().find(|set| !sets.contains(&*set.name)) {
         return different(format!("the map {} is gone", set.name));
     }
     let chains = chains(socket, layout)?;
@@ -77,34 +81,68 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
         return different(format!("the chain {} is gone", pick.name()));
     }
 
-    let reading = RefCell::new(Held::reading(layout.family));
-    // What packets write isn't ours to compare.
-    for set in layout.sets().into_iter().filter(|set| set.dynamic.is_none()) {
-        // A listing that is begun again lists again what was taken in before; what another program
-        // removed meanwhile is told by the monitor.
-        socket.list(
-            layout.family,
-            NFT_MSG_GETSETELEM,
-            |w| {
-                w.text_attribute(NFTA_SET_ELEM_LIST_TABLE, TABLE);
-                w.text_attribute(NFTA_SET_ELEM_LIST_SET, set.name);
-            },
-            |message| {
-                let Some(list) = message.attributes().find(NFTA_SET_ELEM_LIST_ELEMENTS) else {
-                    return;
-                };
-                for (_, element) in Attributes(list) {
-                    if let Some(element) = Element::parse(Attributes(element)) {
-                        reading.borrow_mut().element(set.name, &element);
-                    }
-                }
-            },
-            || {},
-        )?;
+    let lists = sets.iter().filter_map(|name| SourcesId::parse(name));
+    let lists: HashSet<SourcesId> = lists.collect();
+    for id in &lists {
+        let found = elements(socket, layout, &id.name())?;
+        let list = Sources::read(layout.family, &found);
+        if !picks.contains(&DynamicChain::Sources(*id)) || list.is_none_or(|l| l.id() != *id) {
+            return different(format!("the set {} was edited", id.name()));
+        }
     }
-    let (mut held, strays) = reading.into_inner().finish();
+
+    let mut reading = Reading::new(layout.family);
+    for set in layout.sets() {
+        // What packets write isn't ours to compare.
+        let (SetKind::Plain, Cow::Borrowed(name)) = (set.kind, set.name) else { continue };
+        list_elements(socket, layout, name, |element| reading.element(name, &element))?;
+    }
+    let (mut held, strays) = reading.finish();
     held.chains = picks;
-    Ok(Found::Intact { held, strays })
+    for id in lists {
+        held.enter_list(id);
+    }
+    Ok(Found::Intact { held: Box::new(held), strays })
+}
+
+/// Hands on each element of a set.
+///
+/// A listing that is begun again lists again what was taken in before; what another program
+/// removed meanwhile is told by the monitor.
+fn list_elements(
+    socket: &mut NftSocket,
+    layout: &Layout,
+    set: &str,
+    mut each: impl FnMut(Element),
+) -> Result<(), NftError> {
+    socket.list(
+        layout.family,
+        NFT_MSG_GETSETELEM,
+        |w| {
+            w.text_attribute(NFTA_SET_ELEM_LIST_TABLE, TABLE);
+            w.text_attribute(NFTA_SET_ELEM_LIST_SET, set);
+        },
+        |message| {
+            let Some(list) = message.attributes().find(NFTA_SET_ELEM_LIST_ELEMENTS) else {
+                return;
+            };
+            for (_, element) in Attributes(list) {
+                if let Some(element) = Element::parse(Attributes(element)) {
+                    each(element);
+                }
+            }
+        },
+        || {},
+    )
+}
+
+/// The elements of a set, each once.
+fn elements(socket: &mut NftSocket, layout: &Layout, set: &str) -> Result<Vec<Element>, NftError> {
+    let mut elements = Vec::new();
+    list_elements(socket, layout, set, |element| elements.push(element))?;
+    elements.sort_by_key(|element| element.key);
+    elements.dedup();
+    Ok(elements)
 }
 
 fn table_comment(socket: &mut NftSocket, layout: &Layout) -> Result<Option<String>, NftError> {

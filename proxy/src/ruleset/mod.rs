@@ -82,7 +82,7 @@ pub(crate) enum Action {
     /// It goes to one of these (sorted, none twice, at least one).
     Forward {
         /// The choice.
-        endpoints: Box<[Endpoint]>,
+        endpoints: Arc<[Endpoint]>,
         /// Whose address they see.
         masquerade: Masquerade,
         /// How long a client stays with its endpoint.

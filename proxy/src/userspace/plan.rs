@@ -80,7 +80,7 @@ pub(super) enum Treatment {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Choice {
     /// Sorted, none twice, at least one.
-    pub(super) endpoints: Box<[Endpoint]>,
+    pub(super) endpoints: Arc<[Endpoint]>,
     /// How long a client stays with its endpoint.
     pub(super) affinity: Option<Duration>,
     /// From where clients may come.

@@ -1,0 +1,69 @@
+//! What to write: elements, in one transaction or in two.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::{
+    batch::{Batch, Bytes, Data, Element},
+    held::Next,
+};
+use crate::ruleset::Frontend;
+
+/// Elements to remove from and to add to each set: removals first.
+#[derive(Debug, Default)]
+pub(crate) struct Changes {
+    removed: BTreeMap<&'static str, Vec<Element>>,
+    added: BTreeMap<&'static str, Vec<Element>>,
+}
+
+impl Changes {
+    /// Removes an element, which must be there.
+    pub(crate) fn remove(&mut self, set: &'static str, key: Bytes) {
+        self.removed.entry(set).or_default().push(Element { key, data: Data::None });
+    }
+
+    /// Adds an element, which must not be there, or must have been removed in the same breath.
+    pub(crate) fn add(&mut self, set: &'static str, key: Bytes, data: Data) {
+        self.added.entry(set).or_default().push(Element { key, data });
+    }
+
+    /// Whether there is nothing to do.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.removed.is_empty() && self.added.is_empty()
+    }
+
+    /// How many elements are removed or added.
+    pub(crate) fn len(&self) -> usize {
+        self.removed.values().chain(self.added.values()).map(Vec::len).sum()
+    }
+
+    /// The elements to add to a set.
+    pub(crate) fn added(&self, set: &str) -> &[Element] {
+        self.added.get(set).map_or(&[], Vec::as_slice)
+    }
+
+    /// Writes all of it.
+    pub(crate) fn write(self, batch: &mut Batch) {
+        for (set, elements) in self.removed {
+            batch.elements(set, false, elements);
+        }
+        for (set, elements) in self.added {
+            batch.elements(set, true, elements);
+        }
+    }
+}
+
+/// How to get from what is held to what is desired.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// Comes a transaction earlier, together with the chains that are new: who may not come is
+    /// dropped before there is anywhere to go.
+    pub(crate) early: Changes,
+    /// Held as soon as `early` is written.
+    pub(crate) early_next: Vec<Next>,
+    /// Everything else.
+    pub(crate) changes: Changes,
+    /// Held as soon as `changes` is written.
+    pub(crate) next: Vec<Next>,
+    /// Frontends whose lanes share elements that are planned already.
+    pub(super) shared: HashSet<Frontend>,
+}

@@ -1,0 +1,118 @@
+//! The kernel's elements back into what is held.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::{
+    batch::{Data, Element},
+    changes::Changes,
+    expression::Verdict,
+    held::{Chosen, Held},
+    keys::{frontend_key, read_address, read_endpoint, read_frontend},
+    layout::{self, DynamicChain},
+};
+use crate::{
+    model::{Endpoint, Family},
+    ruleset::{AddressSet, Frontend, Lane},
+};
+
+/// The kernel's elements, as they are being listed.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    family: Family,
+    held: Held,
+    indices: HashMap<Frontend, BTreeMap<u32, Endpoint>>,
+    strays: Changes,
+}
+
+impl Reading {
+    /// Nothing read yet of a table of this family.
+    pub(crate) fn new(family: Family) -> Self {
+        Self { family, held: Held::default(), indices: HashMap::new(), strays: Changes::default() }
+    }
+
+    /// Takes in one element of a set as the kernel lists it; what the proxy can't have written is
+    /// to be removed. Call [`Self::finish`] after the last.
+    pub(crate) fn element(&mut self, set: &'static str, element: &Element) {
+        if self.take(set, element).is_none() {
+            self.strays.remove(set, element.key);
+        }
+    }
+
+    /// All that was read, and what to remove because it makes no sense.
+    pub(crate) fn finish(mut self) -> (Held, Changes) {
+        for (frontend, indices) in self.indices {
+            let maps = layout::lane_maps(frontend.lane);
+            let mut slots = Vec::new();
+            for (index, endpoint) in indices {
+                // Only a row without holes from 0 on is of use.
+                if index as usize == slots.len() {
+                    slots.push(endpoint);
+                } else {
+                    let key = frontend_key(&frontend).part(&index.to_ne_bytes());
+                    self.strays.remove(maps.endpoints, key);
+                }
+            }
+            self.held.frontends.entry(frontend).or_default().slots = slots.into();
+        }
+        (self.held, self.strays)
+    }
+
+    fn take(&mut self, set: &'static str, element: &Element) -> Option<()> {
+        let key = element.key.as_slice();
+        for lane in Lane::ALL {
+            let maps = layout::lane_maps(lane);
+            let sets = [
+                Some(maps.verdicts),
+                Some(maps.endpoints),
+                Some(maps.sticky),
+                maps.rejects,
+                maps.firewall,
+            ];
+            if !sets.contains(&Some(set)) {
+                continue;
+            }
+            let (frontend, rest) = read_frontend(key, self.family, lane)?;
+            if maps.endpoints == set {
+                let index = u32::from_ne_bytes(*rest.first_chunk::<4>()?);
+                let Data::Value(value) = &element.data else { return None };
+                let endpoint = read_endpoint(value.as_slice(), self.family)?;
+                self.indices.entry(frontend).or_default().insert(index, endpoint);
+                return Some(());
+            }
+            let Data::Verdict(verdict) = &element.data else { return None };
+            if maps.verdicts == set {
+                let chosen = Chosen::read(verdict);
+                self.held.frontends.entry(frontend).or_default().chosen = Some(chosen);
+            } else if maps.sticky == set || maps.firewall == Some(set) {
+                let Verdict::Goto(chain) = verdict else { return None };
+                match DynamicChain::parse(chain)? {
+                    DynamicChain::Remember(seconds) if maps.sticky == set => {
+                        self.held.sticky.insert(frontend, seconds);
+                    }
+                    DynamicChain::Sources(id) if maps.sticky != set => {
+                        self.held.enter_sources(frontend, Some(id));
+                    }
+                    _ => return None,
+                }
+            } else {
+                if *verdict != Verdict::Goto(layout::REJECT.into()) {
+                    return None;
+                }
+                self.held.frontends.entry(frontend).or_default().rejected = true;
+            }
+            return Some(());
+        }
+        let (address, rest) = read_address(key, self.family)?;
+        let set = match set {
+            layout::CLUSTER_IPS => AddressSet::ClusterAddresses,
+            layout::NODEPORT_IPS => AddressSet::NodeAddresses,
+            layout::HAIRPIN => {
+                let (second, _) = read_address(rest, self.family)?;
+                (second == address).then_some(AddressSet::Hairpin)?
+            }
+            _ => return None,
+        };
+        self.held.addresses.insert((set, address));
+        Some(())
+    }
+}
