@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    iptables::canary::Canary,
     nftables::monitor::{Heard, Monitor},
     watches::{Change, ChangeKind},
 };
@@ -31,6 +32,37 @@ pub(crate) async fn monitor(
         };
         if changes.send(ChangeKind::Drift(cause).into()).await.is_err() {
             return;
+        }
+    }
+}
+
+/// Looks from time to time whether others changed the proxy's iptables, and tells the loop.
+pub(crate) async fn canary(
+    mut canary: Canary,
+    period: Duration,
+    changes: mpsc::Sender<Change>,
+    shutdown: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(period) => {}
+            () = shutdown.cancelled() => return,
+        }
+        // It runs programs and waits for them.
+        let looked = tokio::task::spawn_blocking(move || {
+            let changed = canary.changed();
+            (canary, changed)
+        });
+        let Ok((back, changed)) = looked.await else { return };
+        canary = back;
+        match changed {
+            Ok(false) => {}
+            Ok(true) => {
+                if changes.send(ChangeKind::Drift("canary").into()).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => tracing::warn!(%error, "can't look whether others changed the rules"),
         }
     }
 }

@@ -27,6 +27,7 @@ mod conntrack;
 mod drift;
 mod health;
 mod health_check;
+mod iptables;
 #[cfg(test)]
 mod loop_test;
 mod metrics;
@@ -103,9 +104,9 @@ pub enum ProxyError {
     /// The kernel has no IPv6.
     #[error("the kernel has no IPv6")]
     NoIpv6,
-    /// The mode is not in this build.
-    #[error("mode {0} is not in this build")]
-    NotBuilt(&'static str),
+    /// iptables is missing, or it or the kernel refuses a rule that every cluster needs.
+    #[error("the iptables mode can't be used: {0}")]
+    Iptables(String),
     /// A port for health or metrics can't be had.
     #[error("can't listen on {address}: {source}")]
     Listen {
@@ -160,7 +161,7 @@ pub async fn run_with_registry(
         let Some(ranges) = ranges else { return Ok(()) };
         config.detect_local = DetectLocal::Ranges(ranges);
     }
-    let chosen = start::choose(&config)?;
+    let mut chosen = start::choose(&config)?;
     let (mode, families) = (chosen.mode, chosen.families());
     let metrics = Metrics::for_mode(&registry, mode)?;
     if let Some(relays) = &chosen.relays {
@@ -189,7 +190,7 @@ pub async fn run_with_registry(
     }
 
     let (changes, queue) = mpsc::channel(watches::QUEUE);
-    hear_others(&mut tasks, &chosen, &config, &changes, &shutdown);
+    hear_others(&mut tasks, &mut chosen, &config, &changes, &shutdown);
     let (events, recorder) = EventRecorder::spawn(
         client.clone(),
         "kube-proxy",
@@ -325,12 +326,15 @@ async fn listen(
 /// Listens to others who change the rules, as the mode needs it.
 fn hear_others(
     tasks: &mut JoinSet<()>,
-    chosen: &Chosen,
+    chosen: &mut Chosen,
     config: &ProxyConfig,
     changes: &mpsc::Sender<watches::Change>,
     shutdown: &CancellationToken,
 ) {
     let period = config.sync_period;
+    for canary in chosen.canaries.drain(..) {
+        tasks.spawn(drift::canary(canary, period, changes.clone(), shutdown.clone()));
+    }
     if chosen.mode == Mode::Nftables {
         let families = chosen.families().iter().map(|f| f.protocol_family()).collect();
         match Monitor::open(&chosen.ports, families) {

@@ -7,8 +7,9 @@
 
 use crate::{
     ProxyError,
-    backend::Backend,
+    backend::{Backend, BackendError},
     config::{Mode, ProxyConfig},
+    iptables::{self, Rules, Variant, canary::Canary},
     kernel,
     metrics::Metrics,
     model::Family,
@@ -31,6 +32,8 @@ pub(crate) struct Chosen {
     pub(crate) ports: Vec<u32>,
     /// What relays count, in the userspace mode.
     pub(crate) relays: Option<RelayMetrics>,
+    /// What notices changes of rules by others, where the kernel doesn't tell.
+    pub(crate) canaries: Vec<Canary>,
 }
 
 impl std::fmt::Debug for Chosen {
@@ -87,7 +90,13 @@ fn order(asked: Mode) -> Vec<Mode> {
 }
 
 fn open(mode: Mode, config: &ProxyConfig) -> Result<Chosen, ProxyError> {
-    let mut chosen = Chosen { mode, backends: Vec::new(), ports: Vec::new(), relays: None };
+    let mut chosen = Chosen {
+        mode,
+        backends: Vec::new(),
+        ports: Vec::new(),
+        canaries: Vec::new(),
+        relays: None,
+    };
     if mode == Mode::Userspace {
         chosen.relays = Some(RelayMetrics::new()?);
     }
@@ -125,6 +134,13 @@ fn open_family(
             chosen.ports.push(table.port());
             Ok(Box::new(table))
         }
+        Mode::Iptables => {
+            let backend = |error: BackendError| ProxyError::Iptables(error.to_string());
+            let mut rules = Rules::open(settings(config, family)).map_err(backend)?;
+            rules.probe().map_err(backend)?;
+            chosen.canaries.push(rules.canary());
+            Ok(Box::new(rules))
+        }
         Mode::Userspace => {
             let settings = Settings {
                 detect_local: config.detect_local.clone(),
@@ -136,7 +152,6 @@ fn open_family(
             };
             Ok(Box::new(Relays::open(settings).map_err(relays)?))
         }
-        Mode::Iptables => Err(ProxyError::NotBuilt(chosen.mode.as_str())),
     }
 }
 
@@ -152,6 +167,20 @@ pub(crate) fn layout(config: &ProxyConfig, family: Family) -> Layout {
         masquerade_all: config.masquerade_all,
         masquerade_mark: config.masquerade_mark(),
         node_port_addresses: config.node_port_addresses.clone(),
+    }
+}
+
+/// What of the configuration is in the rules of the iptables mode.
+pub(crate) fn settings(config: &ProxyConfig, family: Family) -> iptables::Settings {
+    iptables::Settings {
+        family,
+        variant: Variant::Host,
+        detect_local: config.detect_local.clone(),
+        masquerade_all: config.masquerade_all,
+        masquerade_mark: config.masquerade_mark(),
+        node_port_addresses: config.node_port_addresses.clone(),
+        localhost_node_ports: config.localhost_node_ports,
+        tcp_be_liberal: config.conntrack.tcp_be_liberal,
     }
 }
 
@@ -182,6 +211,11 @@ pub(crate) fn remove_others(mode: Mode, metrics: Option<&Metrics>) -> Result<(),
             && let Err(error) = userspace::remove_leftovers(family).map_err(relays)
         {
             failed(error);
+        }
+        if mode != Mode::Iptables
+            && let Err(error) = iptables::cleanup(family)
+        {
+            failed(ProxyError::Iptables(error.to_string()));
         }
     }
     result

@@ -450,6 +450,13 @@ fn addresses() -> Vec<Feature> {
             two(),
             [ask(&[NODE], |own| (own.addresses.loopback(), own.node_port()).into(), Refused)],
         )
+        .with(|config| {
+            // All addresses is that mode's default.
+            if config.mode == Mode::Iptables {
+                let all = ["0.0.0.0/0", "::/0"].map(|range| range.parse().unwrap());
+                config.node_port_addresses = NodePortAddresses::Ranges(all.into());
+            }
+        })
         .but(|mode, family| {
             // `localhostNodePorts`, as the kernel has no such thing for IPv6.
             (mode == Mode::Iptables && family == Family::V4).then_some(By(BOTH, Node))

@@ -15,7 +15,10 @@
 
 /// Makes a test of each function for each backend and family.
 macro_rules! everywhere {
-    ($($test:ident),+ $(,)?) => { everywhere!(@ Nftables nftables: $($test),+); };
+    ($($test:ident),+ $(,)?) => {
+        everywhere!(@ Nftables nftables: $($test),+);
+        everywhere!(@ Iptables iptables: $($test),+);
+    };
     (@ $mode:ident $name:ident: $($test:ident),+) => {
         mod $name {
             use crate::{Mode, model::Family};

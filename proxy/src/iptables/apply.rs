@@ -1,0 +1,430 @@
+//! Writing: only what has changed, and each change whole.
+
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use keelson_api::object::ObjectKey;
+
+use super::{
+    Settings, Variant,
+    base::{CHAINS, GUARD},
+    canary::Canary,
+    chain::Table,
+    held::{Delta, Held, Jump, Next, Present},
+    observe,
+    program::Programs,
+    restore::Script,
+    rule::Rule,
+    service::{Look, Rendered},
+};
+use crate::{
+    backend::{Applied, Backend, BackendError, Forget, Goal},
+    config::DetectLocal,
+    model::{Family, Protocol},
+    ruleset::{AddressSet, Unit, desired::Desired},
+};
+
+/// With more endpoints than this, rules that there are many of carry no comments.
+const COMMENTED_MAX: usize = 1_000;
+/// Lets node ports answer on loopback addresses.
+const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
+/// A chain for trying what the kernel takes; nothing ever goes through it.
+const PROBE: &str = "KUBE-PROXY-PROBE";
+
+/// The proxy's rules in one family.
+#[derive(Debug)]
+pub(crate) struct Rules {
+    settings: Settings,
+    programs: Arc<Programs>,
+    held: Arc<Mutex<Held>>,
+    node: Vec<IpAddr>,
+    commented: bool,
+    random_fully: bool,
+}
+
+impl Rules {
+    /// Finds the programs; nothing is read or written yet.
+    ///
+    /// # Errors
+    /// When they are missing or too old, or a setting can't stand in a rule.
+    pub(crate) fn open(settings: Settings) -> Result<Self, BackendError> {
+        check(&settings)?;
+        let programs = Arc::new(Programs::find(settings.family, settings.variant)?);
+        tracing::info!(version = programs.version, "iptables found");
+        Ok(Self {
+            settings,
+            programs,
+            held: Arc::default(),
+            node: Vec::new(),
+            commented: true,
+            random_fully: true,
+        })
+    }
+
+    /// Has the kernel take every kind of rule, in a chain that nothing goes through.
+    ///
+    /// # Errors
+    /// When it lacks something, with the rule that needs it.
+    pub(crate) fn probe(&mut self) -> Result<(), BackendError> {
+        if let Err(error) = self.programs.restore(probe_input(self.settings.family, true)) {
+            self.programs.restore(probe_input(self.settings.family, false))?;
+            tracing::warn!(%error, "masqueraded connections won't get random ports");
+            self.random_fully = false;
+        }
+        self.programs.restore(format!("*nat\n:{PROBE} - [0:0]\n-X {PROBE}\nCOMMIT\n"))
+    }
+
+    /// What notices when another program changes these rules.
+    pub(crate) fn canary(&self) -> Canary {
+        Canary::new(Arc::clone(&self.programs), Arc::clone(&self.held))
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn observe(&self) -> Result<(), BackendError> {
+        let present = read(&self.programs)?;
+        self.held().observed(present);
+        Ok(())
+    }
+
+    fn look(&self) -> Look<'_> {
+        Look { settings: &self.settings, node: &self.node, commented: self.commented }
+    }
+
+    /// Brings these Services in line; `whole`, if all that they share is to be looked at too.
+    fn commit(
+        &mut self,
+        keys: &BTreeSet<Arc<ObjectKey>>,
+        whole: Whole,
+        goal: Goal<'_>,
+        applied: &mut Applied,
+    ) -> Result<(), BackendError> {
+        let mut services = self.render(keys.iter().cloned(), goal);
+        let commented = self.held().endpoints_after(&services) <= COMMENTED_MAX;
+        let mut whole = whole;
+        if commented != self.commented {
+            // All others change too.
+            self.commented = commented;
+            let mut keys = keys.clone();
+            keys.extend(self.held().services().cloned());
+            services = self.render(keys.into_iter(), goal);
+            if whole == Whole::No {
+                whole = Whole::Base;
+            }
+        }
+        let base = (whole != Whole::No).then(|| self.settings.base(&self.node, self.random_fully));
+        let next = Next { base, services, sweep: whole == Whole::Swept };
+        let mut held = self.held();
+        let delta = held.plan(&next);
+        let script = Script::of(&delta);
+        let input = script.text();
+        if !input.is_empty() {
+            held.version += 1;
+            self.programs.restore(input)?;
+        }
+        applied.elements += script.rules();
+        held.enter(next, delta);
+        Ok(())
+    }
+
+    fn render(
+        &self,
+        keys: impl Iterator<Item = Arc<ObjectKey>>,
+        goal: Goal<'_>,
+    ) -> Vec<(Arc<ObjectKey>, Option<Rendered>)> {
+        let look = self.look();
+        keys.map(|key| {
+            let rendered = Rendered::of(&key, goal.objects, goal.desired, look);
+            let empty = rendered == Rendered::default();
+            (key, (!empty).then_some(rendered))
+        })
+        .collect()
+    }
+
+    /// Finds those among these Services that the kernel refuses.
+    fn culprits(
+        &mut self,
+        keys: &BTreeSet<Arc<ObjectKey>>,
+        goal: Goal<'_>,
+        applied: &mut Applied,
+    ) -> Result<Vec<(Arc<ObjectKey>, BackendError)>, BackendError> {
+        self.observe()?;
+        let Err(error) = self.commit(keys, Whole::Base, goal, applied) else {
+            return Ok(Vec::new());
+        };
+        match keys.len() {
+            0 => Err(error),
+            1 => Ok(keys.iter().map(Arc::clone).zip([error]).collect()),
+            count => {
+                let half: Vec<_> = keys.iter().cloned().collect();
+                let (first, second) = half.split_at(count / 2);
+                let mut found = Vec::new();
+                for part in [first, second] {
+                    found.extend(self.culprits(&part.iter().cloned().collect(), goal, applied)?);
+                }
+                Ok(found)
+            }
+        }
+    }
+
+    fn bring_all_in_line(&mut self, goal: Goal<'_>) -> Result<Applied, BackendError> {
+        let mut applied = Applied::default();
+        self.node = node_addresses(goal.desired, self.settings.family);
+        self.observe()?;
+        if self.held().present.is_empty() {
+            applied.rebuilt = Some("there were no rules".to_owned());
+        }
+        let mut keys: BTreeSet<Arc<ObjectKey>> =
+            goal.objects.keys().map(|key| Arc::new(key.clone())).collect();
+        if let Err(error) = self.commit(&keys, Whole::Swept, goal, &mut applied) {
+            tracing::warn!(%error, "iptables refused the rules as a whole; writing them in parts");
+            // Without any Service it has to work, or nothing does.
+            self.culprits(&BTreeSet::new(), goal, &mut applied)?;
+            for (key, error) in self.culprits(&keys, goal, &mut applied)? {
+                keys.remove(&key);
+                let message = error.to_string();
+                let program = self.programs.version.clone();
+                for unit in units_of(&key, goal.desired, self.settings.family) {
+                    let (program, message) = (program.clone(), message.clone());
+                    applied.refused.push((unit, BackendError::Program { program, message }));
+                }
+            }
+            self.observe()?;
+            self.commit(&keys, Whole::Base, goal, &mut applied)?;
+        }
+        self.route_localnet();
+        Ok(applied)
+    }
+
+    /// After the rules that guard against its misuse are in force, and never without them.
+    fn route_localnet(&self) {
+        if !self.settings.node_ports_on_loopback() {
+            return;
+        }
+        if let Err(error) = self.programs.set(ROUTE_LOCALNET, "1") {
+            tracing::warn!(
+                %error, setting = ROUTE_LOCALNET,
+                "node ports won't answer on loopback addresses; set it, or localhostNodePorts to false"
+            );
+        }
+    }
+}
+
+/// How much is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whole {
+    /// Some Services.
+    No,
+    /// What all share too.
+    Base,
+    /// Everything, and what else is there goes.
+    Swept,
+}
+
+impl Backend for Rules {
+    fn family(&self) -> Family {
+        self.settings.family
+    }
+
+    fn synchronize(&mut self, goal: Goal<'_>) -> Result<Applied, BackendError> {
+        self.bring_all_in_line(goal)
+    }
+
+    fn apply(&mut self, units: &[Unit], goal: Goal<'_>) -> Result<Applied, BackendError> {
+        let mut keys: BTreeSet<Arc<ObjectKey>> = BTreeSet::new();
+        let mut whole = Whole::No;
+        for unit in units.iter().filter(|unit| unit.family() == self.settings.family) {
+            match unit {
+                Unit::Frontend(frontend) => {
+                    keys.extend(goal.desired.owner(frontend).cloned().map(Arc::new));
+                    keys.extend(self.held().owner(frontend).cloned());
+                }
+                Unit::Address(AddressSet::NodeAddresses, _) => whole = Whole::Base,
+                // Endpoints masquerade themselves, and unused ports are nobody's.
+                Unit::Address(AddressSet::ClusterAddresses | AddressSet::Hairpin, _) => {}
+            }
+        }
+        if whole == Whole::Base {
+            self.node = node_addresses(goal.desired, self.settings.family);
+            keys.extend(self.held().services().cloned());
+        }
+        if keys.is_empty() && whole == Whole::No {
+            return Ok(Applied::default());
+        }
+        if self.held().version == 0 {
+            return self.bring_all_in_line(goal);
+        }
+        let mut applied = Applied::default();
+        match self.commit(&keys, whole, goal, &mut applied) {
+            Ok(()) => Ok(applied),
+            // Somebody may have edited the rules: look before blaming a Service.
+            Err(error) => {
+                tracing::warn!(%error, "iptables refused a change; reading back what is there");
+                self.bring_all_in_line(goal)
+            }
+        }
+    }
+
+    /// A list of recent clients goes with the rules of its endpoint.
+    fn forget(&mut self, _forget: &[Forget]) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn units(&self) -> usize {
+        self.held().units()
+    }
+
+    fn remove(&mut self) -> Result<(), BackendError> {
+        remove(&self.programs)?;
+        self.held().removed();
+        Ok(())
+    }
+}
+
+/// Removes the chains and rules of any proxy, ours and kube-proxy's, that either variant of
+/// iptables has; it is no error if there are none, or no iptables.
+///
+/// # Errors
+/// When they can't be removed.
+pub(crate) fn cleanup(family: Family) -> Result<(), BackendError> {
+    let mut found = false;
+    for variant in [Variant::Nft, Variant::Legacy] {
+        match Programs::find(family, variant) {
+            Ok(programs) => {
+                found = true;
+                remove(&programs)?;
+            }
+            Err(error) => tracing::debug!(%error, "no rules of this iptables are removed"),
+        }
+    }
+    match Programs::find(family, Variant::Host) {
+        // A host that has but one calls it nothing else.
+        Ok(programs) if !found => remove(&programs),
+        _ => Ok(()),
+    }
+}
+
+fn remove(programs: &Programs) -> Result<(), BackendError> {
+    let present = read(programs)?;
+    let mut delta = Delta { outdated: present.outdated, ..Delta::default() };
+    // The guard stays while there is something to guard: whoever else needs that setting would be
+    // open to the neighbours without it.
+    let guarded = programs.setting(ROUTE_LOCALNET).is_ok_and(|value| value == "1");
+    if guarded && !present.guest_chains.is_empty() {
+        tracing::info!(
+            "{GUARD} stays, since {ROUTE_LOCALNET} is 1: without it neighbours could reach loopback \
+             addresses"
+        );
+    }
+    let goes = |jump: &Jump| !(guarded && jump.rule.ends_with(GUARD));
+    delta.farewells = present.jumps.into_iter().filter(goes).collect();
+    delta.gone = present.own.into_keys().collect();
+    delta.gone.sort_unstable();
+    delta.unchained = CHAINS.into_iter().filter(|at| present.base.contains_key(at)).collect();
+    let places = present.places.keys().map(|place| (place.table(), place.name()));
+    delta.unchained.extend(places);
+    if !guarded {
+        delta.unchained.extend(present.guest_chains);
+    }
+    let input = Script::of(&delta).text();
+    if input.is_empty() { Ok(()) } else { programs.restore(input) }
+}
+
+/// The input of `iptables-restore` that makes all rules from nothing.
+pub(crate) fn text(settings: &Settings, goal: Goal<'_>) -> String {
+    let node = node_addresses(goal.desired, settings.family);
+    let render = |commented| -> Vec<(Arc<ObjectKey>, Option<Rendered>)> {
+        let look = Look { settings, node: &node, commented };
+        let keys: BTreeSet<&ObjectKey> = goal.objects.keys().collect();
+        keys.into_iter()
+            .map(|key| {
+                let rendered = Rendered::of(key, goal.objects, goal.desired, look);
+                (Arc::new(key.clone()), Some(rendered))
+            })
+            .collect()
+    };
+    let held = Held::default();
+    let mut services = render(true);
+    if held.endpoints_after(&services) > COMMENTED_MAX {
+        services = render(false);
+    }
+    let base = Some(settings.base(&node, true));
+    Script::of(&held.plan(&Next { base, services, sweep: true })).text()
+}
+
+/// Everything that the kernel holds.
+pub(crate) fn read(programs: &Programs) -> Result<Present, BackendError> {
+    let mut present = Present::default();
+    for table in Table::ALL {
+        observe::read(table, &programs.save(table)?, &mut present);
+    }
+    Ok(present)
+}
+
+fn node_addresses(desired: &Desired, family: Family) -> Vec<IpAddr> {
+    let mut node: Vec<IpAddr> = desired
+        .units()
+        .filter_map(|unit| match unit {
+            Unit::Address(AddressSet::NodeAddresses, address) => Some(address),
+            _ => None,
+        })
+        .filter(|address| Family::of(*address) == family)
+        .collect();
+    node.sort_unstable();
+    node
+}
+
+fn units_of(key: &ObjectKey, desired: &Desired, family: Family) -> Vec<Unit> {
+    desired
+        .units()
+        .filter(|unit| unit.family() == family)
+        .filter(|unit| matches!(unit, Unit::Frontend(f) if desired.owner(f) == Some(key)))
+        .collect()
+}
+
+/// Interfaces' names are the only text of the configuration that gets into rules.
+fn check(settings: &Settings) -> Result<(), BackendError> {
+    let name = match &settings.detect_local {
+        DetectLocal::Interface(name) | DetectLocal::InterfacePrefix(name) => name,
+        _ => return Ok(()),
+    };
+    let valid = (1..=15).contains(&name.len())
+        && name
+            .chars()
+            .all(|c| c.is_ascii_graphic() && !matches!(c, '/' | '"' | '\'' | '\\' | '+'));
+    if valid {
+        return Ok(());
+    }
+    Err(BackendError::Program {
+        program: "iptables".to_owned(),
+        message: format!("{name:?} is not the name of an interface"),
+    })
+}
+
+fn probe_input(family: Family, random_fully: bool) -> String {
+    let address = match family {
+        Family::V4 => "192.0.2.1:80",
+        Family::V6 => "[2001:db8::1]:80",
+    };
+    let masquerade = if random_fully { "MASQUERADE --random-fully" } else { "MASQUERADE" };
+    let tcp = || Rule::new().protocol(Protocol::Tcp).comment("probe/probe");
+    let rules = [
+        tcp().words("-m addrtype --dst-type LOCAL").port(Protocol::Tcp, 80).jump("RETURN"),
+        tcp().one_of(3).jump("RETURN"),
+        Rule::new().words("-m conntrack --ctstate NEW").jump("RETURN"),
+        Rule::new().words("-m mark --mark 0x1/0x1").jump("MARK --set-xmark 0x1/0x1"),
+        tcp().words("-m tcp").jump(format_args!("DNAT --to-destination {address}")),
+        Rule::new().jump(masquerade),
+    ];
+    let mut input = format!("*nat\n:{PROBE} - [0:0]\n");
+    for rule in rules {
+        input.push_str(&format!("-A {PROBE} {rule}\n"));
+    }
+    input.push_str("COMMIT\n");
+    input
+}

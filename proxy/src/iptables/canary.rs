@@ -1,0 +1,60 @@
+//! Notices when another program flushes or edits the rules.
+//!
+//! The kernel doesn't tell, so it is asked now and then. A chain that nothing goes through is gone
+//! when somebody has flushed everything, which is quick to see. Edits are found by reading all
+//! rules, which takes longer the more there are, and is done the more seldom the longer it takes.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use super::{apply::read, base::CANARY, chain::Table, held::Held, program::Programs};
+use crate::backend::BackendError;
+
+/// Reading all rules may take this part of the time.
+const SHARE: u32 = 20;
+
+/// Looks after the rules of one family.
+#[derive(Debug)]
+pub(crate) struct Canary {
+    programs: Arc<Programs>,
+    held: Arc<Mutex<Held>>,
+    compare_at: Option<Instant>,
+}
+
+impl Canary {
+    pub(super) fn new(programs: Arc<Programs>, held: Arc<Mutex<Held>>) -> Self {
+        Self { programs, held, compare_at: None }
+    }
+
+    /// Whether another program has changed the rules since they were written. Runs programs and
+    /// waits for them: not for a thread that has other things to do.
+    ///
+    /// # Errors
+    /// When they can't be run.
+    pub(crate) fn changed(&mut self) -> Result<bool, BackendError> {
+        let Some(version) = self.version() else { return Ok(false) };
+        for table in Table::ALL {
+            if !self.programs.has_chain(table, CANARY)? {
+                return Ok(self.version() == Some(version));
+            }
+        }
+        let begin = Instant::now();
+        if self.compare_at.is_some_and(|at| begin < at) {
+            return Ok(false);
+        }
+        let digest = read(&self.programs)?.digest();
+        let took = begin.elapsed();
+        self.compare_at = Some(begin + (took * SHARE).max(Duration::from_millis(1)));
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        // What was written meanwhile is not an edit of others.
+        Ok(held.version == version && held.present.digest() != digest)
+    }
+
+    /// Which state the rules are in; `None` before the first one.
+    fn version(&self) -> Option<u64> {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(held.version).filter(|version| *version > 0 && !held.present.is_empty())
+    }
+}

@@ -1,0 +1,338 @@
+//! The rules in a kernel, by both variants of iptables and in both families: each test has network
+//! namespaces of its own.
+
+use std::net::IpAddr;
+
+use keelson_api::object::ObjectKey;
+use serde_json::{Value, json};
+
+use super::{Rules, Settings, Variant, apply::cleanup, golden::settings};
+use crate::{
+    backend::{Applied, Backend, Goal},
+    model::{
+        Family,
+        objects::{Place, Service, Slice},
+        table::ServiceTable,
+    },
+    netns::Namespace,
+    ruleset::{
+        AddressSet, Unit,
+        desired::{Desired, ServiceRules},
+    },
+};
+
+const ALL: [(Family, Variant); 4] = [
+    (Family::V4, Variant::Nft),
+    (Family::V6, Variant::Nft),
+    (Family::V4, Variant::Legacy),
+    (Family::V6, Variant::Legacy),
+];
+
+/// Everything between objects and a backend.
+pub(super) struct Proxy {
+    pub(super) objects: ServiceTable,
+    pub(super) desired: Desired,
+    pub(super) rules: Rules,
+}
+
+impl Proxy {
+    fn start(host: &Namespace, settings: Settings) -> Self {
+        let family = settings.family;
+        let rules = host.run(move || Rules::open(settings).unwrap());
+        let mut proxy =
+            Self { objects: ServiceTable::default(), desired: Desired::default(), rules };
+        let node: IpAddr = match family {
+            Family::V4 => [192, 0, 2, 1].into(),
+            Family::V6 => "2001:db8::1".parse().unwrap(),
+        };
+        let node = ServiceRules {
+            created: 0,
+            frontends: vec![],
+            addresses: vec![(AddressSet::NodeAddresses, node)],
+        };
+        proxy.desired.replace(&ObjectKey::new("", "node"), Some(node));
+        proxy
+    }
+
+    /// Takes in an object; the units that it touches.
+    pub(super) fn take_in(&mut self, object: Value) -> Vec<Unit> {
+        let (objects, desired) = (&mut self.objects, &mut self.desired);
+        take_in(objects, desired, self.rules.family(), object)
+    }
+
+    fn apply(&mut self, object: Value) -> Applied {
+        let units = self.take_in(object);
+        let goal = Goal { desired: &self.desired, objects: &self.objects };
+        let applied = self.rules.apply(&units, goal).unwrap();
+        assert!(applied.refused.is_empty(), "{:?}", applied.refused);
+        applied
+    }
+
+    fn synchronize(&mut self) -> Applied {
+        let goal = Goal { desired: &self.desired, objects: &self.objects };
+        let applied = self.rules.synchronize(goal).unwrap();
+        assert!(applied.refused.is_empty(), "{:?}", applied.refused);
+        applied
+    }
+}
+
+pub(super) fn take_in(
+    objects: &mut ServiceTable,
+    desired: &mut Desired,
+    family: Family,
+    object: Value,
+) -> Vec<Unit> {
+    let key = ObjectKey::new(
+        object["metadata"]["namespace"].as_str().unwrap(),
+        object["metadata"]["name"].as_str().unwrap(),
+    );
+    let touched = if object["kind"] == "Service" {
+        let (service, problems) = Service::read(&serde_json::from_value(object).unwrap());
+        assert_eq!(problems, []);
+        objects.set_service(&key, service);
+        vec![key]
+    } else {
+        let place = Place { node: "here".into(), zone: None };
+        let (slice, problems) = Slice::read(&serde_json::from_value(object).unwrap(), &place);
+        assert_eq!(problems, []);
+        objects.set_slice(&key, slice)
+    };
+    let mut units = Vec::new();
+    for key in touched {
+        let rules = objects.rules(&key, &[family]).map(|(rules, _)| rules);
+        units.extend(desired.replace(&key, rules).dirty);
+    }
+    units
+}
+
+/// A Service `n`, whose cluster address ends with `n`.
+pub(super) fn service(family: Family, n: u8, spec: Value, status: Value) -> Value {
+    let address = match family {
+        Family::V4 => format!("10.96.0.{n}"),
+        Family::V6 => format!("fd00:96::{n}"),
+    };
+    let mut object = json!({
+        "kind": "Service", "metadata": {"namespace": "ns", "name": format!("svc{n}")},
+        "spec": {"clusterIP": address, "ports": [{"name": "p80", "port": 80}]}, "status": status,
+    });
+    for (field, value) in spec.as_object().unwrap() {
+        object["spec"][field] = value.clone();
+    }
+    object
+}
+
+/// Its endpoints; each by the last number of its address, whether it is on this node, and whether
+/// it is ready.
+pub(super) fn slice(family: Family, n: u8, endpoints: &[(u8, bool, bool)]) -> Value {
+    let endpoints: Vec<Value> = endpoints
+        .iter()
+        .map(|(last, here, ready)| {
+            let address = match family {
+                Family::V4 => format!("10.244.{last}.2"),
+                Family::V6 => format!("fd00:244:{last}::2"),
+            };
+            json!({
+                "addresses": [address], "nodeName": if *here { "here" } else { "there" },
+                "conditions": {"ready": ready, "serving": true, "terminating": !ready},
+            })
+        })
+        .collect();
+    let protocol = "TCP";
+    json!({
+        "metadata": {"namespace": "ns", "name": format!("svc{n}-1"),
+                     "labels": {"kubernetes.io/service-name": format!("svc{n}")}},
+        "addressType": family.as_str(), "endpoints": endpoints,
+        "ports": [{"name": "p80", "port": 8080, "protocol": protocol}],
+    })
+}
+
+fn program(family: Family, variant: Variant) -> String {
+    let family = if family == Family::V4 { "iptables" } else { "ip6tables" };
+    match variant {
+        Variant::Nft => format!("{family}-nft"),
+        Variant::Legacy => format!("{family}-legacy"),
+        Variant::Host => family.to_owned(),
+    }
+}
+
+/// All rules, without what changes by itself.
+fn saved(host: &Namespace, family: Family, variant: Variant) -> String {
+    let save = program(family, variant);
+    host.sh(&format!("for t in mangle filter nat; do {save}-save -t $t; done 2>/dev/null | grep -v '^#' | sed 's/ \\[.*//'"))
+}
+
+fn outside(family: Family, n: u8) -> String {
+    match family {
+        Family::V4 => format!("192.0.2.{n}"),
+        Family::V6 => format!("2001:db8::{n}"),
+    }
+}
+
+/// Services with every kind of rule.
+fn everything(family: Family) -> Vec<Value> {
+    let range = if family == Family::V4 { "192.0.2.0/25" } else { "2001:db8::/64" };
+    let node_port = |n: u16| json!([{"name": "p80", "port": 80, "nodePort": 30_000 + n}]);
+    vec![
+        service(family, 1, json!({}), Value::Null),
+        slice(family, 1, &[(1, true, true), (2, false, true), (3, false, true)]),
+        service(family, 2, json!({"type": "NodePort", "ports": node_port(2)}), Value::Null),
+        slice(family, 2, &[(2, false, true)]),
+        service(
+            family,
+            3,
+            json!({"type": "LoadBalancer", "ports": node_port(3), "externalTrafficPolicy": "Local",
+                   "internalTrafficPolicy": "Local", "healthCheckNodePort": 30_103,
+                   "externalIPs": [outside(family, 50)], "loadBalancerSourceRanges": [range]}),
+            json!({"loadBalancer": {"ingress": [{"ip": outside(family, 40)}]}}),
+        ),
+        slice(family, 3, &[(1, true, true), (2, false, true)]),
+        service(
+            family,
+            4,
+            json!({"type": "NodePort", "ports": node_port(4), "externalTrafficPolicy": "Local",
+                   "internalTrafficPolicy": "Local"}),
+            Value::Null,
+        ),
+        slice(family, 4, &[(2, false, true)]),
+        service(family, 5, json!({"type": "NodePort", "ports": node_port(5)}), Value::Null),
+        service(
+            family,
+            6,
+            json!({"sessionAffinity": "ClientIP", "type": "NodePort", "ports": node_port(6)}),
+            Value::Null,
+        ),
+        slice(family, 6, &[(1, true, true), (2, false, true)]),
+    ]
+}
+
+#[test]
+fn a_restart_writes_nothing_and_a_change_only_what_it_is() {
+    for (family, variant) in ALL {
+        let host = Namespace::new();
+        let with = Settings { variant, ..settings(family) };
+        let mut proxy = Proxy::start(&host, with.clone());
+        proxy.rules.probe().unwrap();
+        assert!(proxy.synchronize().rebuilt.is_some());
+        for object in everything(family) {
+            proxy.apply(object);
+        }
+        let before = saved(&host, family, variant);
+        let what = format!("{family:?} {variant:?}:\n{before}");
+
+        let mut again = Proxy::start(&host, with.clone());
+        (again.objects, again.desired) = (proxy.objects, proxy.desired);
+        let applied = again.synchronize();
+        assert_eq!((applied.elements, applied.rebuilt), (0, None), "{what}");
+        assert_eq!(saved(&host, family, variant), before);
+
+        // A fresh start comes to the same rules.
+        let other = Namespace::new();
+        let mut fresh = Proxy::start(&other, with);
+        (fresh.objects, fresh.desired) = (again.objects, again.desired);
+        fresh.synchronize();
+        assert_eq!(sorted(&saved(&other, family, variant)), sorted(&before), "{what}");
+
+        // One endpoint: its chain, the one that goes, and the one that picks.
+        let applied =
+            fresh.apply(slice(family, 1, &[(1, true, true), (3, false, true), (4, true, true)]));
+        assert_eq!(applied.elements, 4 + 2 + 1, "{what}");
+        let applied =
+            fresh.apply(slice(family, 1, &[(1, true, true), (3, false, true), (4, true, true)]));
+        assert_eq!(applied.elements, 0, "{what}");
+
+        fresh.rules.remove().unwrap();
+        let left = saved(&other, family, variant);
+        // Loopback is guarded as long as its addresses are routed.
+        assert_eq!(left.contains("KUBE-FIREWALL"), family == Family::V4, "{left}");
+        other.sh("sysctl -qw net.ipv4.conf.all.route_localnet=0");
+        fresh.rules.remove().unwrap();
+        let left = saved(&other, family, variant);
+        assert!(!left.contains("KUBE-"), "{left}");
+        fresh.rules.remove().unwrap();
+    }
+}
+
+fn sorted(text: &str) -> Vec<&str> {
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.sort_unstable();
+    lines
+}
+
+#[test]
+fn edits_are_noticed_and_mended() {
+    for (family, variant) in ALL {
+        let host = Namespace::new();
+        let mut proxy = Proxy::start(&host, Settings { variant, ..settings(family) });
+        let mut canary = proxy.rules.canary();
+        assert!(!canary.changed().unwrap());
+        proxy.synchronize();
+        for object in everything(family) {
+            proxy.apply(object);
+        }
+        let before = saved(&host, family, variant);
+        let ipt = program(family, variant);
+        let endpoint = before.lines().find_map(|l| l.strip_prefix(":KUBE-SEP-")).unwrap();
+        let endpoint = endpoint.split(' ').next().unwrap();
+        for edit in [
+            format!("{ipt} -t nat -F"),
+            format!("{ipt} -t nat -F; {ipt} -t nat -X; {ipt} -F; {ipt} -X; {ipt} -t mangle -X"),
+            format!("{ipt} -t nat -F KUBE-SEP-{endpoint}"),
+            format!("{ipt} -t nat -A KUBE-SEP-{endpoint} -j ACCEPT"),
+            format!("{ipt} -t nat -D KUBE-SERVICES 1"),
+            format!("{ipt} -t nat -A KUBE-SERVICES -j ACCEPT"),
+            format!("{ipt} -t nat -D PREROUTING 1"),
+            format!("{ipt} -F KUBE-FORWARD"),
+            format!("{ipt} -A KUBE-SERVICES -j ACCEPT"),
+            format!("{ipt} -F KUBE-EXTERNAL-SERVICES"),
+            format!("{ipt} -t mangle -X KUBE-PROXY-CANARY"),
+            format!(
+                "{ipt} -t nat -N KUBE-SVC-AAAAAAAAAAAAAAAA; {ipt} -t nat -N KUBE-XLB-AAAAAAAAAAAAAAAA"
+            ),
+        ] {
+            let mut canary_now = proxy.rules.canary();
+            assert!(!canary_now.changed().unwrap(), "{variant:?} before {edit}");
+            host.sh(&edit);
+            let outdated_only = edit.contains("XLB");
+            let mut canary_now = proxy.rules.canary();
+            assert!(canary_now.changed().unwrap() || outdated_only, "{variant:?} {edit}");
+            proxy.synchronize();
+            let after = saved(&host, family, variant);
+            assert_eq!(sorted(&after), sorted(&before), "{variant:?} {edit}");
+        }
+    }
+}
+
+#[test]
+fn a_clean_up_leaves_others_alone() {
+    let host = Namespace::new();
+    let foreign = "iptables-nft -t nat -A PREROUTING -s 203.0.113.1 -j ACCEPT; \
+         iptables-legacy -t nat -N CNI-HOSTPORT-DNAT; iptables-legacy -N KUBE-KUBELET-CANARY";
+    host.sh(foreign);
+    let listed = |family, variant| saved(&host, family, variant);
+    let before = ALL.map(|(family, variant)| listed(family, variant).contains("KUBE-SERVICES"));
+    assert_eq!(before, [false; 4]);
+    for (family, variant) in ALL {
+        let mut proxy = Proxy::start(&host, Settings { variant, ..settings(family) });
+        proxy.synchronize();
+        everything(family).into_iter().for_each(|object| drop(proxy.apply(object)));
+    }
+    // As an older kube-proxy has it.
+    host.sh(
+        "iptables-nft -A INPUT -m comment --comment 'kubernetes service portals' -j KUBE-SERVICES",
+    );
+    host.sh("sysctl -qw net.ipv4.conf.all.route_localnet=0");
+    for _ in 0..2 {
+        host.run(|| [Family::V4, Family::V6].map(|family| cleanup(family).unwrap()));
+    }
+    for (family, variant) in ALL {
+        let left = listed(family, variant);
+        let ours: Vec<&str> = left
+            .lines()
+            .filter(|l| l.contains("KUBE-") && !l.contains("KUBE-KUBELET-CANARY"))
+            .collect();
+        assert!(ours.is_empty(), "{ours:?}");
+    }
+    assert!(listed(Family::V4, Variant::Nft).contains("-s 203.0.113.1/32 -j ACCEPT"));
+    assert!(listed(Family::V4, Variant::Legacy).contains("CNI-HOSTPORT-DNAT"));
+    assert!(listed(Family::V4, Variant::Legacy).contains("KUBE-KUBELET-CANARY"));
+}
