@@ -524,6 +524,10 @@ fn policies() -> Vec<Feature> {
             elsewhere(),
             [external, balancer, node_port].map(|to| {
                 let mut questions = ask(&[OUTSIDE], to, NoneHere);
+                for question in &mut questions {
+                    // Relays listen there for the others.
+                    question.but = |mode, _| (mode == Mode::Userspace).then_some(NotAdmitted);
+                }
                 questions.extend(ask(&[POD], to, By(&[2, 4], Client)));
                 questions.extend(ask(&[NODE], to, By(&[2, 4], Node)));
                 questions

@@ -18,6 +18,7 @@ macro_rules! everywhere {
     ($($test:ident),+ $(,)?) => {
         everywhere!(@ Nftables nftables: $($test),+);
         everywhere!(@ Iptables iptables: $($test),+);
+        everywhere!(@ Userspace userspace: $($test),+);
     };
     (@ $mode:ident $name:ident: $($test:ident),+) => {
         mod $name {
