@@ -570,6 +570,26 @@ fn namespaces_are_shared_as_asked() {
         let ps = node.runtime.exec_sync(&second, &["ps".into()], None).await.unwrap();
         let text = String::from_utf8_lossy(&ps.stdout).into_owned();
         assert!(text.contains("sleep 1234") && text.contains("keelson-pause"), "{text}");
+        // Even one that may trace others finds nothing of the host behind the first process.
+        let pid = node.runtime.container_status(&first).await.unwrap().pid.unwrap();
+        let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        let shared = namespace(&pid.to_string()).unwrap();
+        let read = |path: String| std::fs::read_to_string(path).unwrap_or_default();
+        let pause = std::fs::read_dir("/proc")
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .find(|pid| {
+                namespace(pid).as_ref() == Some(&shared)
+                    && read(format!("/proc/{pid}/comm")) == "keelson-pause\n"
+            })
+            .unwrap();
+        assert_eq!(std::fs::read_dir(format!("/proc/{pause}/root")).unwrap().count(), 0);
+        assert_eq!(read(format!("/proc/{pause}/cmdline")).trim_end_matches('\0'), "keelson-pause");
+        let status = read(format!("/proc/{pause}/status"));
+        let capabilities: Vec<_> = status.lines().filter(|l| l.starts_with("Cap")).collect();
+        assert_eq!(capabilities.len(), 5, "{status}");
+        assert!(capabilities.iter().all(|l| l.ends_with("\t0000000000000000")), "{status}");
+        assert!(status.contains("Uid:\t65535"), "{status}");
         node.runtime.stop_container(&first, Duration::ZERO).await.unwrap();
         assert_eq!(node.exited(&first).await.exit_code, Some(137));
         let host = node

@@ -17,6 +17,7 @@ mod connection;
 mod container;
 mod helper;
 mod log;
+mod pause;
 mod protocol;
 mod server;
 mod sys;
@@ -145,7 +146,7 @@ fn set_up(config: &Config) -> Result<(UnixListener, Option<i32>), String> {
         .map_err(|e| format!("{}: {e}", config.socket))?;
     listener.set_nonblocking(true).map_err(|e| format!("{}: {e}", config.socket))?;
     let init = if config.shared_pid {
-        Some(sys::spawn_init().map_err(|e| format!("making the pod's process namespace: {e}"))?)
+        Some(pause::spawn().map_err(|e| format!("making the pod's process namespace: {e}"))?)
     } else {
         None
     };

@@ -184,37 +184,3 @@ pub(crate) fn receive(
         Ok(got.unsigned_abs())
     }
 }
-
-/// Makes the first process of a new process namespace: it does nothing but take away the dead.
-pub(crate) fn spawn_init() -> io::Result<i32> {
-    let flags = libc::CLONE_NEWPID | libc::SIGCHLD;
-    // SAFETY: without CLONE_VM this is a fork; there is one thread, and the child makes only plain
-    // system calls.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
-    match pid {
-        -1 => Err(io::Error::last_os_error()),
-        0 => {
-            detach_stdio();
-            // SAFETY: the child owns its signal masks and descriptors; it never returns.
-            unsafe {
-                libc::close_range(3, libc::c_uint::MAX, 0);
-                libc::prctl(libc::PR_SET_NAME, c"keelson-pause".as_ptr());
-                let mut set: libc::sigset_t = zeroed();
-                libc::sigemptyset(&raw mut set);
-                for signal in [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT] {
-                    libc::sigaddset(&raw mut set, signal);
-                }
-                libc::sigprocmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut());
-                loop {
-                    let mut signal = 0;
-                    libc::sigwait(&raw const set, &raw mut signal);
-                    if signal != libc::SIGCHLD {
-                        libc::_exit(0);
-                    }
-                    while libc::waitpid(-1, ptr::null_mut(), libc::WNOHANG) > 0 {}
-                }
-            }
-        }
-        pid => Ok(i32::try_from(pid).unwrap_or(0)),
-    }
-}

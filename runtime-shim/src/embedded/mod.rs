@@ -22,6 +22,7 @@ mod devices;
 mod disk;
 mod helper;
 mod host;
+mod program;
 mod recover;
 mod report;
 mod rootfs;
@@ -33,6 +34,7 @@ mod teardown;
 use std::{
     collections::{BTreeSet, HashMap},
     net::IpAddr,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -94,6 +96,8 @@ struct Inner {
     network: Network,
     images: ImageStore,
     helper: Vec<String>,
+    /// What the helper's path leads to.
+    _program: Option<OwnedFd>,
     shim_program: PathBuf,
     boot: String,
     events: broadcast::Sender<RuntimeEvent>,
@@ -180,11 +184,12 @@ impl EmbeddedRuntime {
         })
         .await?;
         let (disk, shim_program, cgroups, host) = opened;
-        let helper = if helper.is_empty() {
-            // By process and not by path: right even when the file was replaced by an upgrade.
-            vec![format!("/proc/{}/exe", std::process::id()), "runtime-helper".to_owned()]
+        let (helper, program) = if helper.is_empty() {
+            let program = program::read_only_self()?;
+            let path = format!("/proc/{}/fd/{}", std::process::id(), program.as_raw_fd());
+            (vec![path, "runtime-helper".to_owned()], Some(program))
         } else {
-            helper
+            (helper, None)
         };
         let runtime = EmbeddedRuntime {
             inner: Arc::new(Inner {
@@ -194,6 +199,7 @@ impl EmbeddedRuntime {
                 network: network_open()?,
                 images,
                 helper,
+                _program: program,
                 shim_program,
                 boot: disk::boot_id(),
                 events: broadcast::channel(EVENTS).0,

@@ -87,7 +87,17 @@ pub(super) fn render(
     inside.extend(unmasqueraded);
     // Overlapping intervals in one set would be refused.
     let inside = Ipv4Net::aggregate(&inside);
-    let pods = list(&Ipv4Net::aggregate(&ranges.to_vec()));
+    // An empty set is no set to nft: before the node has a range there is nothing to hide.
+    let masquerade = if ranges.is_empty() {
+        String::new()
+    } else {
+        format!(
+            "\n\t\tip saddr {{ {} }} ip daddr != {{ {} }} ip daddr != 224.0.0.0/4 \
+             masquerade fully-random comment \"pods to the outside\"",
+            list(&Ipv4Net::aggregate(&ranges.to_vec())),
+            list(&inside)
+        )
+    };
     let elements = |lines: Vec<String>| {
         if lines.is_empty() {
             String::new()
@@ -135,8 +145,7 @@ table ip {table} {{
 \t\tmeta l4proto {{ tcp, udp, sctp }} fib daddr type local jump host-ports-nat
 \t}}
 \tchain postrouting {{
-\t\ttype nat hook postrouting priority srcnat; policy accept;
-\t\tip saddr {{ {pods} }} ip daddr != {{ {inside} }} ip daddr != 224.0.0.0/4 masquerade fully-random comment \"pods to the outside\"
+\t\ttype nat hook postrouting priority srcnat; policy accept;{masquerade}
 \t\tip saddr 127.0.0.0/8 oifname \"{PREFIX}*\" masquerade fully-random comment \"host ports on localhost\"
 \t\tct status dnat ip saddr . ip daddr @hairpin masquerade fully-random comment \"a pod to itself over its host port\"
 \t}}
@@ -145,8 +154,7 @@ table ip {table} {{
 \t\tiifname \"{PREFIX}*\" ip daddr 127.0.0.0/8 drop comment \"pods don't reach the node's loopback\"
 \t}}
 }}
-",
-        inside = list(&inside),
+"
     )
 }
 
@@ -227,5 +235,7 @@ mod tests {
             "{text}"
         );
         assert!(!render("t", &ranges, &[], &BTreeMap::new()).contains("elements"));
+        // Before the node has a range, there must be no empty set: nft refuses one.
+        assert!(!render("t", &[], &cluster, &ports).contains("pods to the outside"));
     }
 }

@@ -41,6 +41,9 @@ pub(super) fn run(arguments: &[String]) -> i32 {
     std::panic::set_hook(Box::new(|_| {}));
     // SAFETY: the shim gives this descriptor to every helper; nothing else in this process has it.
     let socket = unsafe {
+        // In a container's process namespace its processes must not look through this one's
+        // descriptors before it has become one of them (CVE-2016-9962).
+        libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
         if libc::fcntl(REPORT, libc::F_SETFD, libc::FD_CLOEXEC) == -1 {
             return 2;
         }
