@@ -4,6 +4,7 @@ use std::{
     convert::Infallible,
     io::{Read, Write},
     net::TcpStream,
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -12,7 +13,7 @@ use kube::{Client, client::Body};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::{ProxyConfig, ProxyError, netns::Namespace, run};
+use crate::{Mode, ProxyConfig, ProxyError, netns::Namespace, run};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -83,19 +84,36 @@ fn get_at(namespace: &Namespace, address: &'static str, port: u16, path: &str) -
     })
 }
 
-#[test]
-fn it_starts_serves_tells_of_its_health_and_stops() {
-    let host = Namespace::new();
-    host.sh("ip addr add 192.0.2.7/32 dev lo");
+/// Runs the proxy in a namespace.
+fn start(
+    host: &Namespace,
+    config: ProxyConfig,
+) -> (CancellationToken, JoinHandle<Result<(), ProxyError>>) {
     let shutdown = CancellationToken::new();
     let token = shutdown.clone();
     let running = host.run(move || {
         std::thread::spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async { run(ProxyConfig::new("here"), api_server(), token).await })
+            runtime.block_on(async { run(config, api_server(), token).await })
         })
     });
+    (shutdown, running)
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn it_starts_serves_tells_of_its_health_and_stops() {
+    let host = Namespace::new();
+    host.sh("ip addr add 192.0.2.7/32 dev lo");
+    let (shutdown, running) = start(&host, ProxyConfig::new("here"));
     let deadline = Instant::now() + PATIENCE;
     let listed = loop {
         let (_, listed) = host.try_sh("nft list ruleset");
@@ -148,6 +166,29 @@ fn it_starts_serves_tells_of_its_health_and_stops() {
     assert!(host.sh("nft list ruleset").contains("goto endpoints-1"), "the rules stay");
     host.run(|| crate::cleanup().unwrap());
     assert_eq!(host.sh("nft list ruleset"), "");
+}
+
+#[test]
+fn another_mode_takes_over_and_what_relays_need_goes_with_them() {
+    let host = Namespace::new();
+    host.sh("ip addr add 192.0.2.7/32 dev lo");
+    let tables = || host.sh("nft list tables");
+    let mode = || get(&host, 10249, "/proxyMode").unwrap_or_default();
+    let (shutdown, running) = start(&host, ProxyConfig::new("here"));
+    until("nftables", || mode().ends_with("nftables") && tables().contains("keelson-proxy"));
+    shutdown.cancel();
+    running.join().unwrap().unwrap();
+
+    let userspace = ProxyConfig { mode: Mode::Userspace, ..ProxyConfig::new("here") };
+    let (shutdown, running) = start(&host, userspace);
+    let routes = || host.sh("ip route show table local");
+    until("relays", || mode().ends_with("userspace") && routes().contains("10.96.0.1"));
+    until("the tables go once the relays are there", || !tables().contains("keelson-proxy"));
+    let metrics = get(&host, 10249, "/metrics").unwrap();
+    assert!(!metrics.contains("nftables") && !metrics.contains("iptables"), "{metrics}");
+    shutdown.cancel();
+    running.join().unwrap().unwrap();
+    assert!(!routes().contains("10.96.0.1"), "{}", routes());
 }
 
 #[test]

@@ -142,13 +142,16 @@ fn open_family(
             Ok(Box::new(rules))
         }
         Mode::Userspace => {
+            let usual = Settings::new(family);
             let settings = Settings {
                 detect_local: config.detect_local.clone(),
                 node_port_addresses: config.node_port_addresses.clone(),
                 localhost_node_ports: config.localhost_node_ports,
                 limits: Limits::of_this_process(config.wanted_families().len()),
                 metrics: chosen.relays.clone(),
-                ..Settings::new(family)
+                udp_unanswered: config.conntrack.udp_timeout.unwrap_or(usual.udp_unanswered),
+                udp_answered: config.conntrack.udp_stream_timeout.unwrap_or(usual.udp_answered),
+                ..usual
             };
             Ok(Box::new(Relays::open(settings).map_err(relays)?))
         }
