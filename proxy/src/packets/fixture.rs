@@ -18,6 +18,8 @@ use crate::{
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// After so long without an answer there is none. TCP's own second try comes after a second.
 const SILENCE: Duration = Duration::from_millis(500);
+/// After so long a datagram is sent again.
+const AGAIN: Duration = Duration::from_millis(200);
 /// How many addresses clients outside the cluster have.
 pub(super) const CLIENTS: u8 = 16;
 /// How many pods there are.
@@ -130,6 +132,7 @@ impl Net {
         let both = [Addresses(Family::V4), Addresses(Family::V6)];
         host.sh(
             "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 \
+             net.ipv6.conf.default.accept_dad=0 \
              net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0 net.ipv4.icmp_msgs_per_sec=100000",
         );
         host.join("client", &client, "eth0");
@@ -216,8 +219,8 @@ pub(super) fn ask(
     }
 }
 
-/// The address that a client binds to; only those outside have several.
-fn source(from: From, to: SocketAddr) -> SocketAddr {
+/// The address that a client binds to, with any port; only those outside have several.
+pub(super) fn source(from: From, to: SocketAddr) -> SocketAddr {
     let addresses = Addresses(Family::of(to.ip()));
     let address = match from {
         From::Client(n) => addresses.client(n),
@@ -286,21 +289,29 @@ fn connect(source: SocketAddr, to: SocketAddr, patience: Duration) -> std::io::R
     Ok(stream)
 }
 
-/// One datagram and its answer, from a socket of its own.
+/// One datagram and its answer, from a socket of its own. As clients do, it asks again after a
+/// while: datagrams may be lost.
 fn ask_udp(source: SocketAddr, to: SocketAddr, patience: Duration) -> Answer {
     let asked = || -> std::io::Result<String> {
+        let deadline = Instant::now() + patience;
         let socket = UdpSocket::bind(source)?;
-        socket.set_read_timeout(Some(patience))?;
+        socket.set_read_timeout(Some(patience.min(AGAIN)))?;
         socket.connect(to)?;
-        match socket.send(b"?") {
-            // That is how the node learns of its own packets that were dropped, also in order to
-            // be refused.
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
-            sent => drop(sent?),
+        loop {
+            match socket.send(b"?") {
+                // That is how the node learns of its own packets that were dropped, also in order
+                // to be refused.
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
+                sent => drop(sent?),
+            }
+            let mut buffer = [0; 100];
+            match socket.recv(&mut buffer) {
+                Ok(length) => return Ok(String::from_utf8_lossy(&buffer[..length]).into_owned()),
+                Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
+                Err(error) if Instant::now() >= deadline => return Err(error),
+                Err(_) => {}
+            }
         }
-        let mut buffer = [0; 100];
-        let length = socket.recv(&mut buffer)?;
-        Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
     };
     answer(asked())
 }

@@ -39,6 +39,8 @@ macro_rules! everywhere {
 
 mod backends;
 mod changes_test;
+mod cluster;
 mod features;
 mod fixture;
+mod load_test;
 mod table_test;

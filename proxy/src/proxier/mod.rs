@@ -357,7 +357,7 @@ impl Proxier {
             self.retry_at = Some(Instant::now() + self.backoff.next_wait());
             return;
         }
-        self.forget_connections();
+        self.forget_connections(full);
         self.listed.synchronized = true;
         if let Some(then) = self.once_in_force.take() {
             then();
@@ -371,17 +371,17 @@ impl Proxier {
         self.settled();
     }
 
-    /// Has connections forgotten that the change leaves behind; after a start, all that don't go
-    /// where they should.
-    fn forget_connections(&mut self) {
+    /// Has connections forgotten that the change leaves behind; after a start, and after rules were
+    /// missing, all that don't go where they should.
+    fn forget_connections(&mut self, full: bool) {
         let (desired, objects) = (&self.desired, &self.objects);
         let stale = self.stale.settle(desired, objects);
         let tracked = self.backends.iter().any(|backend| backend.tracks_connections());
         let Some(cleaner) = self.reports.conntrack.as_ref().filter(|_| tracked) else { return };
-        if self.listed.synchronized {
-            cleaner.forget(stale);
-        } else {
+        if full {
             cleaner.compare(Expected::of(desired, objects, &self.families, self.tcp));
+        } else {
+            cleaner.forget(stale);
         }
     }
 
