@@ -37,7 +37,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admission,
+    admission, classes,
     config::AgentConfig,
     directory::PodTable,
     environment::ContainerEnvironment,
@@ -196,6 +196,7 @@ impl Agent {
         let (node_view, node_uid) = (node.view(), node.uid());
         tasks.spawn(node::run(Arc::clone(&context), node));
         tasks.spawn(logs::run(Arc::clone(&context)));
+        tasks.spawn(classes::run(Arc::clone(&context), node_view.clone()));
         let dispatcher = Dispatcher {
             static_known: config.static_pod_path.is_none(),
             api_known: context.client.is_none(),

@@ -7,6 +7,7 @@ use std::{
 
 use k8s_openapi::api::core::v1::Pod;
 use keelson_runtime_shim::runtime::{ContainerState, SandboxState};
+use tokio::sync::Notify;
 
 use crate::{
     metrics::Counts,
@@ -24,6 +25,8 @@ struct Entry {
 #[derive(Clone, Default)]
 pub(crate) struct PodTable {
     entries: Arc<Mutex<HashMap<String, Entry>>>,
+    /// Rings when a pod is new or gone.
+    others: Arc<Notify>,
 }
 
 impl PodTable {
@@ -34,12 +37,22 @@ impl PodTable {
 
     /// Puts down what a worker knows.
     pub(crate) fn put(&self, uid: &str, pod: Arc<Pod>, origin: Origin, runtime: RuntimePod) {
-        self.with(|entries| entries.insert(uid.to_owned(), Entry { pod, origin, runtime }));
+        let entry = Entry { pod, origin, runtime };
+        if self.with(|entries| entries.insert(uid.to_owned(), entry)).is_none() {
+            self.others.notify_one();
+        }
     }
 
     /// Forgets a pod.
     pub(crate) fn remove(&self, uid: &str) {
-        self.with(|entries| entries.remove(uid));
+        if self.with(|entries| entries.remove(uid)).is_some() {
+            self.others.notify_one();
+        }
+    }
+
+    /// Waits until a pod is new or gone; for one task.
+    pub(crate) async fn others(&self) {
+        self.others.notified().await;
     }
 
     /// How many pods and containers there are.

@@ -7,6 +7,7 @@
 
 pub(crate) mod admission;
 mod agent;
+mod classes;
 mod config;
 pub(crate) mod container_config;
 pub(crate) mod directory;

@@ -701,6 +701,9 @@ pub trait PodRuntime: Send + Sync + 'static {
         id: &ContainerId,
         resources: &LinuxResources,
     ) -> Result<()>;
+    /// Makes a cgroup that pods' cgroups will be in (`kubepods/burstable`), if it isn't there, and
+    /// sets what is given of its limits.
+    async fn set_parent_cgroup(&self, path: &str, resources: &LinuxResources) -> Result<()>;
     /// Opens its log file anew, after somebody renamed the old one.
     async fn reopen_container_log(&self, id: &ContainerId) -> Result<()>;
 

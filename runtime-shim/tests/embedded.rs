@@ -385,6 +385,10 @@ fn privileges_mounts_and_limits_are_given_as_asked() {
         check("after the start");
         node.runtime.update_container_resources(&limited, &limits).await.unwrap();
         check("after a change to the same");
+        let shares = LinuxResources { cpu_shares: Some(512), ..LinuxResources::default() };
+        node.runtime.set_parent_cgroup("kubepods", &shares).await.unwrap();
+        let value = in_cgroup(pid, "cpu", "../../cpu.shares", "../../cpu.weight");
+        assert!(value == "512" || value == "59", "of all pods: {value}");
         let memory = || async {
             let stats = node.runtime.list_pod_sandbox_stats().await.unwrap();
             stats[0].containers.iter().find(|c| c.id == limited).unwrap().usage.memory_limit

@@ -348,6 +348,10 @@ impl PodRuntime for FakeRuntime {
         Ok(())
     }
 
+    async fn set_parent_cgroup(&self, _: &str, _: &LinuxResources) -> Result<()> {
+        Ok(())
+    }
+
     async fn reopen_container_log(&self, _: &ContainerId) -> Result<()> {
         Ok(())
     }

@@ -361,6 +361,23 @@ impl PodRuntime for EmbeddedRuntime {
         self.limit_container(&self.inner.container(id)?, resources).await
     }
 
+    async fn set_parent_cgroup(&self, path: &str, resources: &LinuxResources) -> Result<()> {
+        let (inner, path, resources) =
+            (Arc::clone(&self.inner), path.to_owned(), resources.clone());
+        blocking(move || {
+            let set = || {
+                let cgroup = inner.cgroups.pod(&path)?;
+                inner.cgroups.create_pod(&cgroup)?;
+                inner.cgroups.set_limits(&cgroup, &resources)
+            };
+            set().map_err(|source| RuntimeError::Io {
+                what: format!("limiting the cgroup {path}"),
+                source,
+            })
+        })
+        .await
+    }
+
     async fn reopen_container_log(&self, id: &ContainerId) -> Result<()> {
         let container = self.inner.container(id)?;
         let sandbox = lock(&container.record).sandbox.clone();
