@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::join_all;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -26,7 +27,8 @@ use super::{
     observe::{Surroundings, observe},
     plan::{Changes, Front, Listen, Rule},
     routes::{Heard, Monitor, Routes},
-    tcp, udp,
+    tcp::{self, Connections},
+    udp,
 };
 use crate::{
     backend::BackendError, config::NodePortAddresses, model::Protocol, ruleset::AddressSet,
@@ -80,8 +82,8 @@ pub(super) struct Relaying {
     monitor: Monitor,
     around: watch::Sender<Arc<Surroundings>>,
     listeners: BTreeMap<Listen, Listener>,
-    /// Ends the connections that came by an address.
-    connections: BTreeMap<IpAddr, CancellationToken>,
+    /// By the address that they came by.
+    connections: BTreeMap<IpAddr, Connections>,
     quota: Arc<Quota>,
     look_at: Option<Instant>,
 }
@@ -151,8 +153,19 @@ impl Relaying {
     /// Looks at what may have changed around, and brings in line what depends on it.
     async fn look(&mut self) {
         self.look_at = None;
+        let before: BTreeSet<IpAddr> = self.routes.all().collect();
         match self.observe().await {
             Ok(ports) => {
+                let lost = before.iter().filter(|address| !self.routes.has(**address)).count();
+                if lost > 0 {
+                    tracing::warn!(
+                        lost,
+                        "another program removed routes to services; mending them"
+                    );
+                    if let Some(metrics) = &self.settings.metrics {
+                        metrics.lost_routes(self.settings.family, lost);
+                    }
+                }
                 let addresses = self.rules.keys().filter_map(|front| front.address);
                 let addresses = addresses.chain(self.cluster_addresses.iter().copied()).collect();
                 let brought = self.reconcile(&ports, addresses).await;
@@ -282,18 +295,9 @@ impl Relaying {
         let gone: Vec<IpAddr> = unwanted.into_iter().filter(|a| self.routes.has(*a)).collect();
         let new: Vec<IpAddr> = wanted.into_iter().filter(|a| !self.routes.has(*a)).collect();
         brought.changed += gone.len() + new.len();
-        let mut ended = false;
-        for address in &gone {
-            // Their packets would not come here any more: better that both ends know.
-            if let Some(connections) = self.connections.remove(address) {
-                connections.cancel();
-                ended = true;
-            }
-        }
-        if ended {
-            // Lets the resets out while there is a way.
-            tokio::task::yield_now().await;
-        }
+        // Their packets would not come here any more: better that both ends know.
+        let ended = gone.iter().filter_map(|address| self.connections.remove(address));
+        join_all(ended.map(Connections::reset)).await;
         for (doing, results) in [
             ("remove the local route to", self.routes.remove(gone).await),
             ("add a local route to", self.routes.add(new).await),
@@ -314,9 +318,8 @@ impl Relaying {
         for listener in std::mem::take(&mut self.listeners).into_values() {
             listener.close().await;
         }
-        for connections in std::mem::take(&mut self.connections).into_values() {
-            connections.cancel();
-        }
+        let connections = std::mem::take(&mut self.connections).into_values();
+        join_all(connections.map(Connections::reset)).await;
         let failed = |source| BackendError::Io { doing: "remove local routes".into(), source };
         self.routes.observe().await.map_err(failed)?;
         let refused = self.routes.remove(self.routes.all().collect()).await;
@@ -337,8 +340,8 @@ impl Relaying {
         let address = listen.socket_address();
         let (quota, chosen) = (Arc::clone(&self.quota), Arc::clone(&dispatch));
         let task = if listen.protocol == Protocol::Tcp {
-            let end = self.connections.entry(listen.address).or_default().clone();
-            let relay = tcp::Relay { dispatch: chosen, quota, end };
+            let connections = self.connections.entry(listen.address).or_default().clone();
+            let relay = tcp::Relay { dispatch: chosen, quota, connections };
             tokio::spawn(tcp::serve(tcp::listen(address)?, relay, stop.clone()))
         } else {
             let relay = udp::Relay {

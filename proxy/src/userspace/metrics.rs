@@ -9,6 +9,7 @@ use crate::model::{Family, Protocol};
 pub(crate) struct RelayMetrics {
     connections: IntGaugeVec,
     refused: IntCounterVec,
+    lost_routes: IntCounterVec,
 }
 
 impl RelayMetrics {
@@ -32,6 +33,13 @@ impl RelayMetrics {
                 ),
                 &["ip_family", "reason"],
             )?,
+            lost_routes: IntCounterVec::new(
+                Opts::new(
+                    "keelson_proxy_relay_lost_routes_total",
+                    "Local routes to services that another program removed, and that were mended.",
+                ),
+                &["ip_family"],
+            )?,
         })
     }
 
@@ -41,7 +49,8 @@ impl RelayMetrics {
     /// When a name is registered already.
     pub(crate) fn register(&self, registry: &Registry) -> Result<(), prometheus::Error> {
         registry.register(Box::new(self.connections.clone()))?;
-        registry.register(Box::new(self.refused.clone()))
+        registry.register(Box::new(self.refused.clone()))?;
+        registry.register(Box::new(self.lost_routes.clone()))
     }
 
     /// One more connection, until what is returned is dropped.
@@ -50,6 +59,11 @@ impl RelayMetrics {
         let gauge = self.connections.with_label_values(&[family.as_str(), protocol]);
         gauge.inc();
         Counted(gauge)
+    }
+
+    /// So many routes were removed by others.
+    pub(super) fn lost_routes(&self, family: Family, lost: usize) {
+        self.lost_routes.with_label_values(&[family.as_str()]).inc_by(lost as u64);
     }
 
     /// One was not relayed.

@@ -35,6 +35,15 @@ mod routes;
 mod tcp;
 mod udp;
 
+#[cfg(test)]
+mod fixture;
+#[cfg(test)]
+mod routes_test;
+#[cfg(test)]
+mod tcp_test;
+#[cfg(test)]
+mod udp_test;
+
 use std::{
     io,
     sync::mpsc as blocking,

@@ -12,7 +12,7 @@ use tokio::{
     io::copy_bidirectional_with_sizes,
     net::{TcpListener, TcpSocket, TcpStream},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     dispatch::{Dispatch, Refusal},
@@ -33,6 +33,26 @@ const KEEP_ALIVE: (Duration, Duration, u32) =
     (Duration::from_secs(300), Duration::from_secs(30), 5);
 /// The pause after a failure of the system, which would come again at once.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long resets may take to be sent.
+const END: Duration = Duration::from_secs(1);
+
+/// The connections that came by one address. They outlive their listener, not their address.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Connections {
+    tasks: TaskTracker,
+    end: CancellationToken,
+}
+
+impl Connections {
+    /// Resets all of them, and waits for it: a socket whose address is gone can't tell its peer.
+    pub(super) async fn reset(self) {
+        self.end.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(END, self.tasks.wait()).await.is_err() {
+            tracing::warn!("connections to a service that is gone don't end");
+        }
+    }
+}
 
 /// A socket that listens.
 pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -52,8 +72,7 @@ pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 pub(super) struct Relay {
     pub(super) dispatch: Arc<Dispatch>,
     pub(super) quota: Arc<Quota>,
-    /// Ends the connections, which outlive their listener.
-    pub(super) end: CancellationToken,
+    pub(super) connections: Connections,
 }
 
 /// Takes connections until `stop`.
@@ -71,12 +90,12 @@ pub(super) async fn serve(listener: TcpListener, relay: Relay, stop: Cancellatio
                     reset(&client);
                     continue;
                 };
-                let relay = relay.clone();
-                tokio::spawn(async move {
+                let carried = relay.clone();
+                relay.connections.tasks.spawn(async move {
                     let _place = place;
                     tokio::select! {
-                        () = carry(&relay, client, address) => {}
-                        () = relay.end.cancelled() => {}
+                        () = carry(&carried, client, address) => {}
+                        () = carried.connections.end.cancelled() => {}
                     }
                 });
             }
