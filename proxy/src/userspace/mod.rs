@@ -21,7 +21,7 @@
 //! that resets connections.
 //!
 //! **Endpoints see this node's address, never the client's.** That, and what else relays can't do,
-//! is in the crate's `README.md`.
+//! is in this folder's `README.md`.
 
 mod apply;
 mod dispatch;
