@@ -73,6 +73,8 @@ type Handler<K> = Arc<dyn Fn(&Change<K>) + Send + Sync>;
 pub struct Informer<K> {
     objects: RwLock<BTreeMap<ObjectKey, Arc<K>>>,
     handlers: Mutex<Vec<Handler<K>>>,
+    /// Held while something is taken in and told, so that all hear of changes in their order.
+    order: Mutex<()>,
     synced: watch::Sender<bool>,
 }
 
@@ -81,6 +83,7 @@ impl<K: Resource> Default for Informer<K> {
         Self {
             objects: RwLock::default(),
             handlers: Mutex::default(),
+            order: Mutex::default(),
             synced: watch::Sender::new(false),
         }
     }
@@ -109,9 +112,11 @@ impl<K: Resource<DynamicType = ()>> Informer<K> {
 
     /// Calls `handler` for each object that is known now, and from then on for each change.
     ///
-    /// A change that happens meanwhile may be told twice.
+    /// Nothing is told twice, and nothing older after something newer. A handler must not change
+    /// this informer.
     pub fn on_change(&self, handler: impl Fn(&Change<K>) + Send + Sync + 'static) {
         let handler: Handler<K> = Arc::new(handler);
+        let _order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         self.handlers.lock().unwrap_or_else(PoisonError::into_inner).push(handler.clone());
         for object in self.list() {
             handler(&Change { before: None, after: Some(object) });
@@ -138,6 +143,7 @@ impl<K: Resource<DynamicType = ()>> Informer<K> {
         object.meta_mut().managed_fields = None;
         let key = ObjectKey::of(object.meta());
         let after = Arc::new(object);
+        let _order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         let before = {
             let mut objects = self.objects.write().unwrap_or_else(PoisonError::into_inner);
             objects.insert(key, after.clone())
@@ -153,6 +159,7 @@ impl<K: Resource<DynamicType = ()>> Informer<K> {
 
     /// Forgets an object, and tells the handlers.
     pub(crate) fn remove(&self, key: &ObjectKey) {
+        let _order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.objects.write().unwrap_or_else(PoisonError::into_inner).remove(key);
         if before.is_some() {
             self.tell(&Change { before, after: None });
@@ -236,6 +243,7 @@ impl<K: Watched> Informer<K> {
     fn remove_as(&self, mut last: K) {
         last.meta_mut().managed_fields = None;
         let key = ObjectKey::of(last.meta());
+        let _order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         let known = self.objects.write().unwrap_or_else(PoisonError::into_inner).remove(&key);
         if known.is_some() {
             self.tell(&Change { before: Some(Arc::new(last)), after: None });
@@ -355,6 +363,30 @@ mod tests {
         informer.remove(&ObjectKey::new("a", "x"));
         informer.remove(&ObjectKey::new("a", "x"));
         assert_eq!(told.load(Ordering::SeqCst), 3);
+    }
+
+    #[test]
+    fn a_handler_that_comes_late_hears_nothing_old_after_something_new() {
+        let informer = Arc::new(Informer::<Pod>::default());
+        informer.apply(pod("a", "x", "1"));
+        let (told, begun) = (Arc::new(Mutex::new(Vec::new())), std::sync::mpsc::sync_channel(1));
+        let (writer, heard) = (informer.clone(), told.clone());
+        let (begin, begun) = begun;
+        let change = std::thread::spawn(move || {
+            begun.recv().unwrap();
+            writer.apply(pod("a", "x", "2"));
+        });
+        informer.on_change(move |change| {
+            let version = change.newest().and_then(|pod| pod.metadata.resource_version.clone());
+            if version.as_deref() == Some("1") {
+                begin.send(()).unwrap();
+                // Gives the other thread every chance to come first.
+                (0..1000).for_each(|_| std::thread::yield_now());
+            }
+            heard.lock().unwrap().push(version.unwrap());
+        });
+        change.join().unwrap();
+        assert_eq!(*told.lock().unwrap(), ["1", "2"]);
     }
 
     #[test]

@@ -320,7 +320,8 @@ impl Cause {
 
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
-        Self::new(refusal.code, refusal.reason, refusal.message)
+        let Refusal { code, reason, message, details } = refusal;
+        Self { code, reason, message, details }
     }
 }
 

@@ -38,6 +38,7 @@ use crate::{
         fields::{name, text},
     },
     lookup::Lookup,
+    status::{Cause, Details},
 };
 
 /// What is being done to an object.
@@ -85,9 +86,30 @@ pub struct Refusal {
     pub reason: &'static str,
     /// What to tell the user.
     pub message: String,
+    /// What it is about.
+    pub details: Option<Box<Details>>,
+}
+
+/// The details of a refusal that is about an object.
+fn about(group: &str, plural: &str, name: &str) -> Option<Box<Details>> {
+    let (group, kind, name) = (group.to_owned(), plural.to_owned(), name.to_owned());
+    Some(Box::new(Details { group, kind, name, ..Details::default() }))
 }
 
 impl Refusal {
+    /// A refusal without details.
+    pub(crate) fn plain(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { code, reason, message: message.into(), details: None }
+    }
+
+    /// The same with one more cause.
+    #[must_use]
+    pub(crate) fn with_cause(mut self, reason: &str, message: String, field: &str) -> Self {
+        let cause = Cause { reason: reason.to_owned(), message, field: field.to_owned() };
+        self.details.get_or_insert_default().causes.push(cause);
+        self
+    }
+
     /// 403, as Kubernetes words it: `deployments.apps "x" is forbidden: why`.
     #[must_use]
     pub fn forbidden(group: &str, plural: &str, name: &str, why: &str) -> Self {
@@ -103,24 +125,29 @@ impl Refusal {
             code: 403,
             reason: "Forbidden",
             message: format!("{resource}{object} is forbidden: {why}"),
+            details: about(group, plural, name),
         }
     }
 
     /// 404: `serviceaccounts "x" not found`.
     #[must_use]
     pub fn not_found(plural: &str, name: &str) -> Self {
-        Self { code: 404, reason: "NotFound", message: format!("{plural} {name:?} not found") }
+        let details = about("", plural, name);
+        Self { details, ..Self::plain(404, "NotFound", format!("{plural} {name:?} not found")) }
     }
 
     /// 400.
     pub fn bad_request(message: impl Into<String>) -> Self {
-        Self { code: 400, reason: "BadRequest", message: message.into() }
+        Self::plain(400, "BadRequest", message)
     }
 
     /// 422: `Kind.group "name" is invalid: why`.
     #[must_use]
     pub fn invalid(kind: &str, name: &str, why: &str) -> Self {
-        Self { code: 422, reason: "Invalid", message: format!("{kind} {name:?} is invalid: {why}") }
+        let message = format!("{kind} {name:?} is invalid: {why}");
+        let refusal =
+            Self { details: about("", kind, name), ..Self::plain(422, "Invalid", message) };
+        refusal.with_cause("FieldValueInvalid", why.to_owned(), "")
     }
 }
 

@@ -49,13 +49,13 @@ impl Admission for NamespaceLifecycle {
         let terminating = text(&namespace, &["status", "phase"]) == "Terminating"
             || at(&namespace, &["metadata", "deletionTimestamp"]).is_some();
         if request.operation == Operation::Create && terminating {
-            return Err(request.forbidden(
-                object.as_deref(),
-                &format!(
-                    "unable to create new content in namespace {} because it is being terminated",
-                    request.namespace
-                ),
-            ));
+            let name = request.namespace;
+            let why = format!(
+                "unable to create new content in namespace {name} because it is being terminated"
+            );
+            let cause = format!("namespace {name} is being terminated");
+            let refusal = request.forbidden(object.as_deref(), &why);
+            return Err(refusal.with_cause("NamespaceTerminating", cause, "metadata.namespace"));
         }
         Ok(())
     }

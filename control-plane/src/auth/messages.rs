@@ -30,7 +30,10 @@ pub fn forbidden(request: &Attributes, reason: &str) -> Refusal {
         why = format!("{why}: {reason}");
     }
     if !request.resource_request {
-        return Refusal { code: 403, reason: "Forbidden", message: format!("forbidden: {why}") };
+        return Refusal {
+            details: Some(Box::default()),
+            ..Refusal::plain(403, "Forbidden", format!("forbidden: {why}"))
+        };
     }
     Refusal::forbidden(&request.group, &request.resource, &request.name, &why)
 }

@@ -6,7 +6,7 @@ use super::queue::Retry;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ControllerError {
     /// The API server refused, or could not be asked.
-    #[error("{doing}: {source}")]
+    #[error("{doing}: {}", reason(source))]
     Api {
         /// What was being done, to what.
         doing: String,
@@ -26,6 +26,15 @@ impl ControllerError {
             Self::Api { source, .. } => code(source),
             Self::Object(_) => 0,
         }
+    }
+}
+
+/// What went wrong in the words of the API server, where it answered.
+pub(crate) fn reason(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if !status.message.is_empty() => status.message.clone(),
+        kube::Error::Api(status) => status.reason.clone(),
+        error => error.to_string(),
     }
 }
 
@@ -52,5 +61,19 @@ pub(crate) trait Doing<T> {
 impl<T> Doing<T> for Result<T, kube::Error> {
     fn doing(self, what: impl FnOnce() -> String) -> Result<T, ControllerError> {
         self.map_err(|source| ControllerError::Api { doing: what(), source: Box::new(source) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_told_in_the_words_of_the_server() {
+        let status = kube::core::Status::failure("pods \"a\" is forbidden: no", "Forbidden");
+        let error = kube::Error::Api(Box::new(status.with_code(403)));
+        assert_eq!(reason(&error), "pods \"a\" is forbidden: no");
+        let told = Err::<(), _>(error).doing(|| "create pod a".to_owned()).unwrap_err();
+        assert_eq!(told.to_string(), "create pod a: pods \"a\" is forbidden: no");
     }
 }

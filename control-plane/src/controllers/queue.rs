@@ -20,6 +20,8 @@ use tokio_util::sync::CancellationToken;
 const FIRST_WAIT: Duration = Duration::from_millis(5);
 /// The longest wait after failures.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// Stands for a wait that can't be counted.
+const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
 struct State<K> {
     ready: VecDeque<K>,
@@ -70,7 +72,8 @@ impl<K: Clone + Eq + Hash> WorkQueue<K> {
 
     /// Asks for a key to be looked at after a time, or earlier if that is already asked for.
     pub(crate) fn add_after(&self, key: K, wait: Duration) {
-        let at = Instant::now() + wait;
+        let now = Instant::now();
+        let at = now.checked_add(wait).unwrap_or_else(|| now + FAR);
         self.lock().add_at(key, at);
         self.changed.notify_one();
     }

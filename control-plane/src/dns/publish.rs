@@ -86,7 +86,11 @@ async fn ensure(
     key: &ObjectKey,
 ) -> Result<Option<Duration>, ControllerError> {
     let services: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
-    let known = informers.services.get(key);
+    let known = match informers.services.get(key) {
+        // The informer may not have heard yet of what the pass before made.
+        None => there(&services).await.doing(|| format!("look up service {key}"))?,
+        known => known,
+    };
     let service = match &known {
         Some(service) if has_selector(service) => return Ok(None),
         Some(service) => {
@@ -106,7 +110,10 @@ async fn ensure(
         }
     };
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), NAMESPACE);
-    let known = informers.endpoint_slices.get(key);
+    let known = match informers.endpoint_slices.get(key) {
+        None => there(&slices).await.doing(|| format!("look up endpointslice {key}"))?,
+        known => known,
+    };
     let wanted = wanted_slice(published, &service, known.as_deref());
     match known {
         Some(known) => {
@@ -118,6 +125,14 @@ async fn ensure(
         }
     }
     Ok(None)
+}
+
+/// The object at the API server.
+async fn there<K>(api: &Api<K>) -> Result<Option<Arc<K>>, kube::Error>
+where
+    K: Clone + std::fmt::Debug + serde::de::DeserializeOwned,
+{
+    Ok(api.get_opt(NAME).await?.map(Arc::new))
 }
 
 fn has_selector(service: &Service) -> bool {

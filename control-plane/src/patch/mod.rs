@@ -66,7 +66,7 @@ fn rejected(why: &str) -> Status {
         message: why.to_owned(),
         field: String::new(),
     };
-    Status::new(422, "Invalid", format!("{message}: {why}")).with_causes(vec![cause])
+    Status::new(422, "Invalid", message).with_causes(vec![cause])
 }
 
 /// Applies a JSON merge patch.
@@ -119,7 +119,12 @@ mod tests {
             json!([{"op": "add", "path": "/b/-", "value": 2}, {"op": "remove", "path": "/a"}]);
         assert_eq!(json_patch(&target, &add).unwrap(), json!({"b": [1, 2]}));
         let test = json!([{"op": "test", "path": "/a", "value": 2}]);
-        assert_eq!(json_patch(&target, &test).unwrap_err().code, 422);
+        let refused = json_patch(&target, &test).unwrap_err();
+        assert_eq!(refused.code, 422);
+        let message = "the server rejected our request due to an error in our request";
+        assert_eq!(refused.message, message);
+        let causes = refused.details.unwrap().causes;
+        assert_eq!(causes[0].reason, "UnexpectedServerResponse");
         assert_eq!(json_patch(&target, &json!({"a": 1})).unwrap_err().code, 400);
         let many = Value::Array(vec![json!({"op": "remove", "path": "/a"}); 10_001]);
         assert_eq!(json_patch(&target, &many).unwrap_err().code, 413);

@@ -177,6 +177,7 @@ fn core() -> Vec<Row> {
         Row::stored("", "Service", "services", "service", &kinds::service::SERVICE)
             .short(&["svc"])
             .in_all()
+            .sub_of("proxy", "", "ServiceProxyOptions", proxied)
             .status(),
     ]
 }

@@ -1,33 +1,46 @@
 //! Connections: TLS, HTTP/1.1 and HTTP/2.
+//!
+//! A place is taken from the accept on, so each step towards a request has its time: the handshake,
+//! the first request, and the pauses between requests. The protocol is what the handshake agreed on
+//! (ALPN); nothing is guessed from first bytes that may never come.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use http::Request;
-use hyper::body::Incoming;
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
-    service::TowerToHyperService,
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
 };
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
 use tokio_rustls::TlsAcceptor;
-use tower::ServiceExt as _;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::Service as _;
 
 use super::{
     core::Core,
+    idle::{Busy, ServedBody},
+    peers::Peers,
     service::{ApiService, Peer},
 };
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A client must have sent the head of its request by then.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long requests that are being served may go on after a shutdown began.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Wait after an accept that failed for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long a client may take to agree that an idle connection ends.
+const GOODBYE: Duration = Duration::from_secs(10);
 /// HTTP/2 streams of a connection at a time, as kube-apiserver has it.
 const STREAMS: u32 = 100;
 
@@ -35,27 +48,36 @@ const STREAMS: u32 = 100;
 pub(crate) async fn run(core: Arc<Core>, listener: TcpListener, tls: Arc<rustls::ServerConfig>) {
     let acceptor = TlsAcceptor::from(tls);
     let room = Arc::new(Semaphore::new(core.limits.max_connections));
-    let graceful = Arc::new(GracefulShutdown::new());
+    let peers = Peers::new(core.limits.max_connections_per_peer);
+    let connections = TaskTracker::new();
+    let cut_off = CancellationToken::new();
     loop {
         let accepted = tokio::select! {
             () = core.shutdown.cancelled() => break,
             accepted = accept(&listener, &room) => accepted,
         };
         let Some((stream, peer, place)) = accepted else { continue };
-        let connection =
-            serve(Arc::clone(&core), acceptor.clone(), stream, peer, graceful.watcher());
-        core.tasks.spawn(async move {
-            connection.await;
-            drop(place);
-        });
+        let own = stream.local_addr().ok().map(|own| own.ip());
+        let Some(peers_place) = peers.enter(peer.ip(), own) else {
+            tracing::debug!(%peer, "a connection was refused: its peer has too many");
+            continue;
+        };
+        let connection = serve(Arc::clone(&core), acceptor.clone(), stream, peer);
+        let cut_off = cut_off.clone();
+        core.tasks.spawn(connections.track_future(async move {
+            tokio::select! {
+                () = connection => {}
+                () = cut_off.cancelled() => {}
+            }
+            drop((place, peers_place));
+        }));
     }
     drop(listener);
-    // Nobody else holds it: connections hold watchers.
-    if let Some(graceful) = Arc::into_inner(graceful)
-        && tokio::time::timeout(DRAIN, graceful.shutdown()).await.is_err()
-    {
+    connections.close();
+    if tokio::time::timeout(DRAIN, connections.wait()).await.is_err() {
         tracing::warn!("some requests were cut off by the shutdown");
     }
+    cut_off.cancel();
 }
 
 async fn accept(
@@ -74,13 +96,7 @@ async fn accept(
     }
 }
 
-async fn serve(
-    core: Arc<Core>,
-    acceptor: TlsAcceptor,
-    stream: TcpStream,
-    peer: SocketAddr,
-    graceful: hyper_util::server::graceful::Watcher,
-) {
+async fn serve(core: Arc<Core>, acceptor: TlsAcceptor, stream: TcpStream, peer: SocketAddr) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%peer, %error, "could not set TCP_NODELAY");
     }
@@ -103,32 +119,72 @@ async fn serve(
         .peer_certificates()
         .and_then(|chain| chain.first())
         .map(|certificate| Arc::from(certificate.as_ref()));
+    let speaks_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let info = Peer { certificate };
-    let service =
-        ApiService::new(Arc::clone(&core)).map_request(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(info.clone());
-            request
-        });
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(64 << 10);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(STREAMS)
-        .max_header_list_size(64 << 10)
-        .keep_alive_interval(Some(Duration::from_secs(30)))
-        .keep_alive_timeout(Duration::from_secs(15));
-    let connection = builder
-        .serve_connection_with_upgrades(
-            TokioIo::new(stream),
-            TowerToHyperService::new(service.map_err(|never: Infallible| match never {})),
-        )
-        .into_owned();
-    if let Err(error) = graceful.watch(connection).await {
+    let api = ApiService::new(Arc::clone(&core));
+    let busy = Busy::default();
+    let counter = busy.clone();
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let served = counter.begin();
+        request.extensions_mut().insert(info.clone());
+        let answer = api.clone().call(request);
+        async move {
+            let answer = answer.await?;
+            Ok::<_, Infallible>(answer.map(|body| ServedBody { body, _served: served }))
+        }
+    });
+    let limits = &core.limits;
+    let stream = TokioIo::new(stream);
+    let ended = if speaks_http2 {
+        let connection = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS)
+            .max_header_list_size(64 << 10)
+            .keep_alive_interval(Some(Duration::from_secs(30)))
+            .keep_alive_timeout(Duration::from_secs(15))
+            .serve_connection(stream, service);
+        see_through(&core, &busy, connection, |open| open.graceful_shutdown()).await
+    } else {
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            // Counts between requests too.
+            .header_read_timeout(limits.header_timeout.max(limits.idle_timeout))
+            .max_buf_size(64 << 10)
+            .serve_connection(stream, service)
+            .with_upgrades();
+        see_through(&core, &busy, connection, |open| open.graceful_shutdown()).await
+    };
+    if let Err(error) = ended {
         tracing::debug!(%peer, %error, "a connection broke off");
+    }
+}
+
+/// Serves a connection until its end, which the shutdown brings about, or that nothing happens.
+async fn see_through<C, E>(
+    core: &Core,
+    busy: &Busy,
+    connection: C,
+    say_goodbye: impl FnOnce(Pin<&mut C>),
+) -> Result<(), E>
+where
+    C: Future<Output = Result<(), E>>,
+{
+    let limits = &core.limits;
+    let mut connection = pin!(connection);
+    let idle = tokio::select! {
+        ended = connection.as_mut() => return ended,
+        () = core.shutdown.cancelled() => false,
+        () = busy.idle(limits.header_timeout, limits.idle_timeout) => true,
+    };
+    say_goodbye(connection.as_mut());
+    if idle {
+        // A client that answers no more is not waited for; requests that came meanwhile are.
+        let silent = busy.idle(GOODBYE, GOODBYE);
+        tokio::select! {
+            ended = connection => ended,
+            () = silent => Ok(()),
+        }
+    } else {
+        connection.await
     }
 }

@@ -61,6 +61,14 @@ pub struct Limits {
     pub max_writes_in_flight: usize,
     /// Open connections.
     pub max_connections: usize,
+    /// Open connections of one client address (IPv6: of one /64). Three times as many from this
+    /// machine itself.
+    pub max_connections_per_peer: usize,
+    /// How long a client may take to begin: from the handshake to the end of its first request's
+    /// head.
+    pub header_timeout: Duration,
+    /// How long a connection may have nothing to do.
+    pub idle_timeout: Duration,
     /// How long a request may take, other than watches and streams.
     pub request_timeout: Duration,
     /// A watch that does not say how long it is to last ends after this to twice this.
@@ -77,6 +85,9 @@ impl Default for Limits {
             max_reads_in_flight: 400,
             max_writes_in_flight: 200,
             max_connections: 4096,
+            max_connections_per_peer: 1024,
+            header_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(90),
             request_timeout: Duration::from_secs(60),
             min_watch_timeout: Duration::from_secs(1800),
             max_body_bytes: 3 << 20,

@@ -17,8 +17,8 @@ pub(crate) async fn run(core: Arc<Core>, keep: Duration) {
             () = tokio::time::sleep(pause) => {}
         }
         let Some(resource) = core.registry.resource("", "v1", "events").cloned() else { return };
-        let limit =
-            Timestamp::now() - SignedDuration::try_from(keep).unwrap_or(SignedDuration::MAX);
+        let keep = SignedDuration::try_from(keep).unwrap_or(SignedDuration::MAX);
+        let limit = Timestamp::now().checked_sub(keep).unwrap_or(Timestamp::MIN);
         for event in core.cache.list("", "events", None) {
             if core.shutdown.is_cancelled() {
                 return;

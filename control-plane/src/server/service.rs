@@ -7,15 +7,18 @@
 //! ```
 
 use std::{
+    any::Any,
     convert::Infallible,
     future::Future,
+    panic::AssertUnwindSafe,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use futures::FutureExt as _;
 use http::{Method, Request, StatusCode, header, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited, combinators::UnsyncBoxBody};
 use tokio::sync::OwnedSemaphorePermit;
@@ -35,6 +38,10 @@ use crate::{
     registry::Resource,
     status::Status,
 };
+
+/// How much of a body that is too large is read and thrown away, and for how long.
+const DRAIN_BYTES: usize = 32 << 20;
+const DRAIN_TIME: Duration = Duration::from_secs(5);
 
 /// A body on its way in.
 pub(crate) type RequestBody = UnsyncBoxBody<Bytes, BodyError>;
@@ -81,8 +88,24 @@ where
         let core = Arc::clone(&self.core);
         let request =
             request.map(|body| body.map_err(|error| BodyError(error.into())).boxed_unsync());
-        Box::pin(async move { Ok(serve(core, request).await) })
+        Box::pin(async move {
+            let served = AssertUnwindSafe(serve(core, request)).catch_unwind().await;
+            // One request's fault is no other's: without this, all streams of its connection broke.
+            Ok(served.unwrap_or_else(|panic| panicked(&*panic)))
+        })
     }
+}
+
+/// The answer to a request that the server stumbled over.
+fn panicked(panic: &(dyn Any + Send)) -> Answer {
+    let why = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no reason");
+    tracing::error!(why, "a request made the server panic");
+    let status = Status::internal("the server panicked on this request; its log says more");
+    respond::status(&status, Accepted::default())
 }
 
 async fn serve(core: Arc<Core>, request: Request<RequestBody>) -> Answer {
@@ -178,9 +201,9 @@ async fn identify(core: &Core, info: &RequestInfo, request: &Parts) -> Result<Us
 fn websocket_token(request: &Parts) -> Option<String> {
     use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
     let offered = request.headers.get(header::SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?;
-    let token = offered.split(',').find_map(|protocol| {
-        protocol.trim().strip_prefix("base64url.bearer.authorization.k8s.io.")
-    })?;
+    let token = offered
+        .split(',')
+        .find_map(|protocol| protocol.trim().strip_prefix(streams::TOKEN_PROTOCOL))?;
     String::from_utf8(URL_SAFE_NO_PAD.decode(token).ok()?).ok()
 }
 
@@ -411,16 +434,46 @@ fn token(core: &Core, call: &Call, body: &Bytes) -> Result<Answer, Status> {
 /// All of a body, within bounds.
 async fn read_body(core: &Core, request: Request<RequestBody>) -> Result<Bytes, Status> {
     let limit = core.limits.max_body_bytes;
-    match Limited::new(request.into_body(), limit).collect().await {
+    let mut body = request.into_body();
+    match Limited::new(&mut body, limit).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => {
+            // Many clients read no answer before all is sent.
+            let _ = tokio::time::timeout(DRAIN_TIME, drain(body)).await;
             Err(Status::too_large(&format!("limit is {limit}")))
         }
         Err(error) => Err(Status::bad_request(format!("the body broke off: {error}"))),
     }
 }
 
+/// Throws away what is left of a body that is too large, within bounds.
+async fn drain(mut body: RequestBody) {
+    let mut left = DRAIN_BYTES;
+    while let Some(Ok(frame)) = body.frame().await {
+        left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+        if left == 0 {
+            return;
+        }
+    }
+}
+
 /// Nothing but what is in it.
 pub(crate) fn empty() -> Body {
     respond::full(Bytes::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_an_answer() {
+        let stumbles = AssertUnwindSafe(async { panic!("no such thing") }).catch_unwind().await;
+        let Err(panic): Result<(), _> = stumbles else { unreachable!() };
+        let answer = panicked(&*panic);
+        assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let body = answer.into_body().collect().await.unwrap().to_bytes();
+        let status: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(status["reason"], "InternalError");
+    }
 }

@@ -1,6 +1,8 @@
 //! A whole API server on a loopback port, asked by in-process clients and by kubectl.
 
 mod api;
+mod bounds;
 mod fixture;
 mod kubectl;
+mod pods;
 mod streams;

@@ -69,11 +69,9 @@ pub fn token_request(
         not_before: now.as_second(),
         subject: username(account_namespace, account),
     };
-    let token = issuer.issue(&claims).map_err(|error| Refusal {
-        code: 500,
-        reason: "InternalError",
-        message: error.to_string(),
-    })?;
+    let token = issuer
+        .issue(&claims)
+        .map_err(|error| Refusal::plain(500, "InternalError", error.to_string()))?;
     let expiry = Timestamp::from_second(claims.expiry).unwrap_or(Timestamp::MAX);
     let mut answer = json!({
         "apiVersion": "authentication.k8s.io/v1",
@@ -144,15 +142,12 @@ fn bind(
         .ok_or_else(|| Refusal::not_found(plural, bound_name))?;
     let wanted = text(reference, &["uid"]);
     if !wanted.is_empty() && wanted != uid(&object) {
-        return Err(Refusal {
-            code: 409,
-            reason: "Conflict",
-            message: format!(
-                "Operation cannot be fulfilled on {kind} {bound_name:?}: the UID in the bound object \
-                 reference ({wanted}) does not match the UID in record. The object might have been \
-                 deleted and then recreated"
-            ),
-        });
+        let message = format!(
+            "Operation cannot be fulfilled on {kind} {bound_name:?}: the UID in the bound object \
+             reference ({wanted}) does not match the UID in record. The object might have been \
+             deleted and then recreated"
+        );
+        return Err(Refusal::plain(409, "Conflict", message));
     }
     let bound = Bound { name: bound_name.to_owned(), uid: uid(&object).to_owned() };
     match kind {

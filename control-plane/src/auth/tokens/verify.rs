@@ -118,7 +118,7 @@ fn missing(object: Option<&Value>, bound: &Bound, now: Timestamp) -> Option<&'st
     }
     let deletion = text(object, &["metadata", "deletionTimestamp"]);
     match deletion.parse::<Timestamp>() {
-        Ok(deletion) if now > deletion + AFTER_DELETION => Some("has been deleted"),
+        Ok(deletion) if now.duration_since(deletion) > AFTER_DELETION => Some("has been deleted"),
         _ => None,
     }
 }

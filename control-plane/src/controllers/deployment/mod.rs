@@ -33,7 +33,7 @@ use self::plan::{Observed, Plan};
 use super::{
     change::{self, Part},
     claim,
-    error::{ControllerError, Doing, code},
+    error::{ControllerError, Doing, code, reason},
     pods,
     queue::WorkQueue,
 };
@@ -246,7 +246,7 @@ impl Controller {
                     &object_reference(deployment),
                     EventType::Warning,
                     "ReplicaSetCreateError",
-                    format!("Failed to create new replica set \"{name}\": {error}"),
+                    format!("Failed to create new replica set \"{name}\": {}", reason(&error)),
                 );
                 Err(error).doing(|| format!("create replicaset {name}"))
             }

@@ -21,7 +21,7 @@ use self::plan::Left;
 use super::{
     change::{self, Part},
     discover::{self, Discovered},
-    error::{ControllerError, Doing, code},
+    error::{ControllerError, Doing, code, reason},
     queue::WorkQueue,
 };
 use crate::informers::Informers;
@@ -128,7 +128,7 @@ async fn delete_all(client: &Client, namespace: &str, resource: &Discovered, lef
     if let Err(error) = delete_and_count(&api, resource, left).await {
         // The kind itself may be gone, or know no such request.
         if !matches!(code(&error), 404 | 405) {
-            left.deletion_errors.push(format!("{}: {error}", resource.name()));
+            left.deletion_errors.push(format!("{}: {}", resource.name(), reason(&error)));
         }
     }
 }

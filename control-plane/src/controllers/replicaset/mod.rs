@@ -30,7 +30,7 @@ use self::plan::{Failure, Plan};
 use super::{
     change::{self, Part},
     claim,
-    error::{ControllerError, code},
+    error::{ControllerError, code, reason},
     expectations::Expectations,
     names, pods,
     queue::WorkQueue,
@@ -193,7 +193,7 @@ impl Controller {
         let results: Vec<Result<(), kube::Error>> =
             futures::stream::iter(deletions).buffer_unordered(DELETIONS).collect().await;
         let error = results.into_iter().find_map(Result::err)?;
-        Some(Failure { reason: "FailedDelete", message: error.to_string() })
+        Some(Failure { reason: "FailedDelete", message: reason(&error) })
     }
 
     /// Makes pods in batches of 1, 2, 4, … so that what fails, fails once and not a hundred times.
@@ -226,7 +226,7 @@ impl Controller {
                     ),
                     Err(error) => {
                         self.expectations.created(key, name);
-                        failure = failure.or(self.creation_failed(set, &error));
+                        failure = failure.or(self.creation_failed(set, &error, name, &prefix));
                     }
                 }
             }
@@ -239,7 +239,13 @@ impl Controller {
         None
     }
 
-    fn creation_failed(&self, set: &ReplicaSet, error: &kube::Error) -> Option<Failure> {
+    fn creation_failed(
+        &self,
+        set: &ReplicaSet,
+        error: &kube::Error,
+        name: &str,
+        prefix: &str,
+    ) -> Option<Failure> {
         if let kube::Error::Api(status) = error {
             let causes = status.details.iter().flat_map(|details| &details.causes);
             // Everything here is about to go; trying again would be in vain.
@@ -247,7 +253,8 @@ impl Controller {
                 return None;
             }
         }
-        let message = error.to_string();
+        // Each try has another name: with it in the text, each would be an event of its own.
+        let message = reason(error).replace(name, prefix);
         self.events.event(
             &object_reference(set),
             EventType::Warning,
@@ -287,7 +294,7 @@ impl Controller {
                     &object_reference(set),
                     EventType::Warning,
                     "FailedDelete",
-                    format!("Error deleting: {error}"),
+                    format!("Error deleting: {}", reason(&error)),
                 );
                 Err(error)
             }

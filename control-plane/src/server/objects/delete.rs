@@ -222,7 +222,9 @@ fn finish_pod(pod: &Value, options: &DeleteOptions) -> bool {
 fn pending_since(pod: &Value, now: Timestamp) -> Timestamp {
     let ends = text(pod, "/metadata/deletionTimestamp").parse::<Timestamp>().ok();
     match (ends, grace_of(pod)) {
-        (Some(ends), Some(grace)) => ends - SignedDuration::from_secs(grace),
+        (Some(ends), Some(grace)) => {
+            ends.checked_sub(SignedDuration::from_secs(grace)).unwrap_or(now).min(now)
+        }
         _ => now,
     }
 }
@@ -453,6 +455,16 @@ mod tests {
         ] {
             assert!(matches!(plan_of("pods", &quick, Value::Null), Step::MarkAndRemove(_)));
         }
+    }
+
+    #[test]
+    fn a_grace_period_beyond_all_time_can_be_shortened() {
+        let pod = json!({"metadata": {"name": "a"}, "spec": {"nodeName": "n",
+            "terminationGracePeriodSeconds": i64::MAX}, "status": {"phase": "Running"}});
+        let Step::Mark(marked) = plan_of("pods", &pod, Value::Null) else { panic!() };
+        let shorter = json!({"gracePeriodSeconds": 5});
+        let Step::Mark(marked) = plan_of("pods", &marked, shorter) else { panic!() };
+        assert_eq!(marked["metadata"]["deletionTimestamp"], "2030-01-01T00:00:05Z");
     }
 
     #[test]

@@ -6,12 +6,13 @@
 
 use std::{
     collections::VecDeque,
+    panic::AssertUnwindSafe,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use futures::stream;
+use futures::{FutureExt as _, stream};
 use http::StatusCode;
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
@@ -38,6 +39,9 @@ use crate::{
 
 /// What marks the end of the objects that were there when the watch began (KEP-3157).
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
+
+/// No watch lasts longer.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Where a watch begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,12 +176,17 @@ pub(crate) async fn watch(
         namespace: if resource.namespaced { namespace } else { String::new() },
         encoder,
         bookmarks: options.bookmarks.then_some(bookmarks),
-        deadline: Instant::now() + timeout,
+        deadline: after(Instant::now(), timeout),
         shutdown: core.shutdown.clone(),
         _open: core.metrics.long_running(&call.info),
     };
     let body = StreamBody::new(stream::unfold(Box::new(stream), |mut stream| async move {
-        let line = stream.next().await?;
+        // What went wrong in one watch must not take the connection's other streams down with it.
+        let next = AssertUnwindSafe(stream.next()).catch_unwind().await;
+        let line = next.unwrap_or_else(|_| {
+            tracing::error!("a watch ended because the server panicked");
+            None
+        })?;
         Some((Ok::<_, BoxError>(Frame::data(line)), stream))
     }));
     let content_type = match accepted.shape {
@@ -186,6 +195,11 @@ pub(crate) async fn watch(
         _ => "application/json",
     };
     Ok(respond::respond(StatusCode::OK, content_type, body.boxed_unsync()))
+}
+
+/// A time from now, or one that nobody lives to see where that can't be counted.
+fn after(now: Instant, timeout: Duration) -> Instant {
+    now.checked_add(timeout.min(FOREVER)).unwrap_or(now)
 }
 
 fn too_old(error: TooOld) -> Status {
@@ -374,6 +388,13 @@ fn line(value: &Value) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_longest_timeout_can_be_counted() {
+        let query = Query::parse(Some("timeoutSeconds=9223372036854775807"));
+        let timeout = WatchOptions::parse(&query).unwrap().timeout.unwrap();
+        assert!(after(Instant::now(), timeout) > Instant::now());
+    }
 
     #[test]
     fn a_watch_begins_where_it_was_asked_to() {

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use keelson_api::yaml;
 use serde_json::Value;
 
-use super::delete;
+use super::{delete, furnished};
 use crate::{
     admission::Operation,
     patch,
@@ -19,7 +19,7 @@ use crate::{
         protobuf,
         respond::{self, Answer},
     },
-    status::Status,
+    status::{FieldError, Status},
     store::Expect,
 };
 
@@ -28,6 +28,8 @@ const NAMES_TRIED: usize = 8;
 /// How often a write begins again because the object changed under it. Of those who race, one wins
 /// each time: more would have to race than may be served at a time.
 const RETRIES: usize = 200;
+/// Bytes of a `fieldManager`.
+const LONGEST_MANAGER: usize = 128;
 /// Nested deeper, no YAML is read.
 const YAML_DEPTH: usize = 100;
 
@@ -49,15 +51,38 @@ impl WriteOptions {
     pub(crate) fn parse(call: &Call) -> Result<Self, Status> {
         let query = &call.info.query;
         let dry_run = dry_run(query.all("dryRun"))?;
+        let manager = query.get("fieldManager");
+        check_manager(call, manager.unwrap_or_default())?;
         let agent = call.headers.get(http::header::USER_AGENT);
         let agent = agent.and_then(|value| value.to_str().ok()).unwrap_or_default();
         Ok(Self {
             dry_run,
-            manager: patch::apply::manager_name(query.get("fieldManager"), agent),
+            manager: patch::apply::manager_name(manager, agent),
             validation: FieldValidation::parse(query.get("fieldValidation"))?,
             force: query.flag("force"),
         })
     }
+}
+
+/// The rules of `fieldManager`.
+fn check_manager(call: &Call, manager: &str) -> Result<(), Status> {
+    let mut errors = Vec::new();
+    if manager.len() > LONGEST_MANAGER {
+        errors.push(FieldError::too_long("fieldManager", LONGEST_MANAGER));
+    }
+    if manager.chars().any(char::is_control) {
+        let why = "should only contain printable characters";
+        errors.push(FieldError::invalid("fieldManager", manager, why));
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    let kind = match call.info.verb {
+        "create" => "CreateOptions",
+        "patch" => "PatchOptions",
+        _ => "UpdateOptions",
+    };
+    Err(Status::invalid("meta.k8s.io", kind, "", &errors))
 }
 
 /// Whether `dryRun` asks for one.
@@ -192,6 +217,7 @@ pub(crate) async fn create_object(
     let name = text(&object, "/metadata/name").to_owned();
     let admitted = Target { namespace, name: &name, ..Target::default() };
     let create = Operation::Create;
+    furnished::wait(core, resource, namespace, &object).await;
     core.admit(call, resource, create, admitted, options.dry_run, Some(&mut object))?;
     let reservation = reserve(core, resource, &mut object, None)?;
     let errors = resource.validate(&object, None, "");

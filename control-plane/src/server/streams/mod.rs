@@ -10,13 +10,15 @@
 //! Protocols (SPDY/3.1, WebSocket subprotocols) are between the client and the kubelet: the bytes
 //! are passed on as they are.
 
+mod headers;
+
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 
-use http::{HeaderMap, HeaderName, Request, StatusCode, Uri, header};
+use http::{Request, StatusCode, Uri, header};
 use http_body_util::BodyExt;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
@@ -28,9 +30,11 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
+pub(crate) use self::headers::TOKEN_PROTOCOL;
+use self::headers::{HOP_BY_HOP, forwarded};
 use super::{
     core::{Call, Core, Target, text},
-    respond::Answer,
+    respond::{self, Answer},
     service::{RequestBody, empty},
 };
 use crate::{
@@ -42,17 +46,6 @@ use crate::{
 /// How long a kubelet or pod may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const KUBELET_PORT: u16 = 10250;
-
-/// Headers that are between two neighbours and not passed on (RFC 9110, 7.6.1), but for those of
-/// an upgrade.
-const HOP_BY_HOP: [HeaderName; 6] = [
-    header::CONNECTION,
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-];
 
 /// Where a request is passed on to.
 #[derive(Debug)]
@@ -87,7 +80,12 @@ pub(crate) async fn serve(
             if subresource != "log" {
                 core.admit(call, resource, Operation::Connect, target, false, None)?;
             }
-            to_kubelet(core, call, &pod, subresource)?
+            let backend = to_kubelet(core, call, &pod, subresource)?;
+            let Some(backend) = backend else {
+                // As Kubernetes answers for a pod that has no node yet: it has said nothing.
+                return Ok(respond::respond(StatusCode::OK, "text/plain", empty()));
+            };
+            backend
         }
         _ => return Err(Status::unknown_path()),
     };
@@ -162,7 +160,13 @@ fn percent_encode(text: &str) -> String {
     encoded
 }
 
-fn to_kubelet(core: &Core, call: &Call, pod: &Value, subresource: &str) -> Result<Backend, Status> {
+/// Where a pod's subresource is answered; `None` for the logs of a pod that has no node yet.
+fn to_kubelet(
+    core: &Core,
+    call: &Call,
+    pod: &Value,
+    subresource: &str,
+) -> Result<Option<Backend>, Status> {
     let node_name = text(pod, "/spec/nodeName");
     let asked = call.info.query.get("container");
     let pod_path = format!("{}/{}", text(pod, "/metadata/namespace"), text(pod, "/metadata/name"));
@@ -209,12 +213,15 @@ fn to_kubelet(core: &Core, call: &Call, pod: &Value, subresource: &str) -> Resul
         // `ports` for WebSocket clients; with SPDY the ports come with the streams.
         _ => (format!("/portForward/{pod_path}"), query(call, &[("ports", "port")])),
     };
+    if node_name.is_empty() && subresource == "log" {
+        return Ok(None);
+    }
     if node_name.is_empty() {
         let name = text(pod, "/metadata/name");
         return Err(Status::bad_request(format!("pod {name} does not have a host assigned")));
     }
     let path_and_query = if parameters.is_empty() { path } else { format!("{path}?{parameters}") };
-    kubelet(core, node_name, path_and_query)
+    kubelet(core, node_name, path_and_query).map(Some)
 }
 
 fn check_log_options(call: &Call) -> Result<(), Status> {
@@ -507,30 +514,6 @@ fn authority(backend: &Backend) -> Result<http::HeaderValue, Status> {
     host.parse().map_err(Status::internal)
 }
 
-/// The client's headers without its credentials, which are not the backend's to see.
-fn forwarded(headers: &HeaderMap, upgrade: bool) -> HeaderMap {
-    let mut forwarded = headers.clone();
-    for name in HOP_BY_HOP {
-        forwarded.remove(name);
-    }
-    forwarded.remove(header::AUTHORIZATION);
-    forwarded.remove(header::HOST);
-    let impersonation: Vec<HeaderName> = forwarded
-        .keys()
-        .filter(|name| name.as_str().starts_with("impersonate-"))
-        .cloned()
-        .collect();
-    for name in impersonation {
-        forwarded.remove(name);
-    }
-    if upgrade {
-        forwarded.insert(header::CONNECTION, http::HeaderValue::from_static("Upgrade"));
-    } else {
-        forwarded.remove(header::UPGRADE);
-    }
-    forwarded
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -548,26 +531,6 @@ mod tests {
             "containers": [{"name": "a"}, {"name": "b"}]}});
         let error = container(&two, None).unwrap_err();
         assert!(error.message.ends_with("choose one of: [a b]"), "{error}");
-    }
-
-    #[test]
-    fn credentials_stay_here() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
-            ("authorization", "Bearer x"),
-            ("impersonate-user", "x"),
-            ("connection", "keep-alive, Upgrade"),
-            ("upgrade", "SPDY/3.1"),
-            ("x-stream-protocol-version", "v4.channel.k8s.io"),
-        ] {
-            headers.insert(name, value.parse().unwrap());
-        }
-        let out = forwarded(&headers, true);
-        assert_eq!(out.get("connection").unwrap(), "Upgrade");
-        assert_eq!(out.get("upgrade").unwrap(), "SPDY/3.1");
-        assert!(out.contains_key("x-stream-protocol-version"));
-        assert!(!out.contains_key("authorization") && !out.contains_key("impersonate-user"));
-        assert!(!forwarded(&headers, false).contains_key("upgrade"));
     }
 
     #[test]

@@ -43,6 +43,18 @@ const FIELDS: &[FieldLabel] = &[
 fn prepare_create(pod: &mut Value) {
     let qos = quality_of_service(pod);
     pod["status"] = json!({"phase": "Pending", "qosClass": qos});
+    if !value::list(pod, &["spec", "schedulingGates"]).is_empty() {
+        // KEP-3521: nobody else says so, the scheduler does not look at such a pod.
+        set_condition(
+            pod,
+            json!({
+                "type": "PodScheduled",
+                "status": "False",
+                "reason": "SchedulingGated",
+                "message": "Scheduling is blocked due to non-empty scheduling gates",
+            }),
+        );
+    }
 }
 
 /// `status.qosClass`: how the node treats the pod when memory runs short.
