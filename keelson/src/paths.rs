@@ -43,7 +43,7 @@ impl Paths {
             admin_kubeconfig: dir.join("admin.conf"),
             store: dir.join("store"),
             runtime: dir.join("runtime"),
-            run: dir.join("run"),
+            run: run_folder(&dir),
             manifests: dir.join("manifests"),
             log_file: dir.join("log/keelson.log"),
             data_dir: Some(dir),
@@ -94,6 +94,25 @@ impl Paths {
     }
 }
 
+/// How long the path of the folder with the sockets may be: a socket's address has 107 characters at
+/// most (unix(7)), of which the runtime takes 32 for a name of its own.
+const RUN_LENGTH: usize = 68;
+
+/// The folder with the sockets below a data folder, or, if that would be too long a path for a
+/// socket, one that is named after it.
+fn run_folder(dir: &Path) -> PathBuf {
+    let run = dir.join("run");
+    let bytes = run.as_os_str().as_encoded_bytes();
+    if bytes.len() <= RUN_LENGTH {
+        return run;
+    }
+    // FNV-1a: the same in every release, so that `down` finds what an older `up` left.
+    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    PathBuf::from(format!("/run/keelson-{hash:016x}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +124,15 @@ mod tests {
             assert!(path.starts_with("/tmp/k"), "{}", path.display());
         }
         assert_eq!(paths.flag(), " --data-dir /tmp/k");
+    }
+
+    #[test]
+    fn sockets_fit_however_long_the_folder_is() {
+        let long = |length: usize| PathBuf::from("/").join("x".repeat(length));
+        let run = |length| Paths::new(Some(&long(length))).unwrap().run;
+        assert_eq!(run(63), long(63).join("run"));
+        assert!(run(64).starts_with("/run") && run(64) != run(65));
+        assert_eq!(run(200), run(200));
     }
 
     #[test]
