@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::{
     backends::{Proxy, config},
     features::{Own, Part, pod},
-    fixture::{Addresses, Answer, CLIENTS, From, Net, PATIENCE, until},
+    fixture::{Addresses, Answer, CLIENTS, From, Net, PATIENCE, listed, until},
 };
 use crate::{
     Mode,
@@ -281,13 +281,13 @@ fn a_restart_writes_nothing_and_changes_nothing(mode: Mode, family: Family) {
     }
     let to = SocketAddr::new(own.cluster(), 80);
     let first = who(&net, From::Client(1), Protocol::Tcp, to);
-    let before = rules(&net, mode, family);
+    let before = listed(&net, mode, family);
     let proxy = proxy.restarted();
     let applied = proxy.synchronize();
     if mode != Mode::Userspace {
         assert_eq!((applied.elements, applied.rebuilt), (0, None));
     }
-    assert_eq!(rules(&net, mode, family), before);
+    assert_eq!(listed(&net, mode, family), before);
     // Only what the kernel keeps is known to another process.
     for _ in 0..if mode == Mode::Userspace { 0 } else { 10 } {
         assert_eq!(who(&net, From::Client(1), Protocol::Tcp, to), first, "sticky over a restart");
@@ -305,18 +305,4 @@ fn a_restart_writes_nothing_and_changes_nothing(mode: Mode, family: Family) {
     assert!(begin.elapsed() < PATIENCE);
     // There is nothing to take away a second time.
     proxy.clear();
-}
-
-/// The rules as the distribution's program lists them.
-fn rules(net: &Net, mode: Mode, family: Family) -> String {
-    let command = match (mode, family) {
-        (Mode::Nftables, _) => "nft -s list ruleset",
-        (Mode::Iptables, Family::V4) => "iptables-save",
-        (Mode::Iptables, Family::V6) => "ip6tables-save",
-        (Mode::Userspace, Family::V4) => "ip -4 route show table local",
-        (Mode::Userspace, Family::V6) => "ip -6 route show table local",
-    };
-    let listed = net.host.sh(command);
-    let kept = listed.lines().filter(|line| !line.starts_with(['#', ':']));
-    kept.collect::<Vec<_>>().join("\n")
 }

@@ -221,8 +221,6 @@ pub(super) struct Feature {
     pub(super) service: fn(Own) -> Value,
     pub(super) slices: Vec<Part>,
     pub(super) questions: Vec<Question>,
-    /// Backends that should, but don't do it yet. Their failures are printed.
-    pub(super) not_yet: &'static [Mode],
 }
 
 const OUTSIDE: From = From::Client(1);
@@ -265,7 +263,7 @@ fn feature(
     questions: impl IntoIterator<Item = Vec<Question>>,
 ) -> Feature {
     let questions = questions.into_iter().flatten().collect();
-    Feature { says, config: usual, service, slices, questions, not_yet: &[] }
+    Feature { says, config: usual, service, slices, questions }
 }
 
 impl Feature {
@@ -279,11 +277,6 @@ impl Feature {
         for question in &mut self.questions {
             question.but = but;
         }
-        self
-    }
-
-    fn not_yet(mut self, modes: &'static [Mode]) -> Self {
-        self.not_yet = modes;
         self
     }
 }
@@ -508,7 +501,7 @@ fn policies() -> Vec<Feature> {
                 questions.extend(ask(&[NODE], to, By(BOTH, Node)));
                 questions
             }),
-        ).not_yet(&[Mode::Nftables]),
+        ),
         feature(
             "externalTrafficPolicy Local doesn't touch the cluster address",
             external_local,
@@ -532,7 +525,7 @@ fn policies() -> Vec<Feature> {
                 questions.extend(ask(&[NODE], to, By(&[2, 4], Node)));
                 questions
             }),
-        ).not_yet(&[Mode::Nftables]),
+        ),
         feature(
             "source ranges admit to load balancers' addresses only those in them, pods too",
             |own| {
@@ -552,7 +545,7 @@ fn policies() -> Vec<Feature> {
                 ask(&[STRANGER], node_port, By(BOTH, Node)),
                 ask(&[From::Pod(4)], cluster, By(BOTH, Client)),
             ],
-        ).not_yet(&[Mode::Nftables]),
+        ),
         feature(
             "source ranges and externalTrafficPolicy Local hold together",
             |own| {
@@ -570,7 +563,7 @@ fn policies() -> Vec<Feature> {
                 ask(&[STRANGER], external, By(&[1], Client)),
                 ask(&[STRANGER], node_port, By(&[1], Client)),
             ],
-        ).not_yet(&[Mode::Nftables]),
+        ),
         feature(
             "source ranges of the other family admit nobody",
             |own| {
@@ -582,7 +575,7 @@ fn policies() -> Vec<Feature> {
             },
             two(),
             [ask(&[OUTSIDE, POD], balancer, NotAdmitted), ask(&[POD], cluster, By(BOTH, Client))],
-        ).not_yet(&[Mode::Nftables]),
+        ),
     ]
 }
 
@@ -642,8 +635,7 @@ fn endpoints() -> Vec<Feature> {
                 ask(&[OUTSIDE], balancer, By(&[1], Client)),
                 ask(&[POD], balancer, By(&[2], Client)),
             ],
-        )
-        .not_yet(&[Mode::Nftables]),
+        ),
         feature(
             "endpoints that are ready while they terminate are ready: publishNotReadyAddresses",
             plain,
@@ -733,7 +725,6 @@ fn sources() -> Vec<Feature> {
                 ask(&[POD], node_port, By(BOTH, Client)),
             ],
         )
-        .not_yet(&[Mode::Nftables])
         .with(|config| config.detect_local = DetectLocal::InterfacePrefix("pod".into())),
         feature(
             "pods are those behind one interface",
@@ -746,7 +737,6 @@ fn sources() -> Vec<Feature> {
                 ask(&[POD], balancer, By(BOTH, Client)),
             ],
         )
-        .not_yet(&[Mode::Nftables])
         .with(|config| config.detect_local = DetectLocal::Interface("pod3".into())),
     ]
 }

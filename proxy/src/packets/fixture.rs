@@ -10,6 +10,7 @@ use std::{
 use tokio::net::TcpSocket;
 
 use crate::{
+    Mode,
     model::{Family, Protocol},
     netns::Namespace,
 };
@@ -342,4 +343,20 @@ pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "{what}");
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// The rules as the distribution's program lists them.
+pub(super) fn listed(net: &Net, mode: Mode, family: Family) -> String {
+    let command = match (mode, family) {
+        (Mode::Nftables, Family::V4) => "nft -s list table ip keelson-proxy 2>/dev/null || true",
+        (Mode::Nftables, Family::V6) => "nft -s list table ip6 keelson-proxy 2>/dev/null || true",
+        (Mode::Iptables, Family::V4) => "iptables-save",
+        (Mode::Iptables, Family::V6) => "ip6tables-save",
+        (Mode::Userspace, Family::V4) => "ip -4 route show table local",
+        (Mode::Userspace, Family::V6) => "ip -6 route show table local",
+    };
+    let listed = net.host.sh(command);
+    // Without comments and counters.
+    let kept = listed.lines().filter(|line| !line.starts_with('#'));
+    kept.map(|line| line.split(" [").next().unwrap_or(line)).collect::<Vec<_>>().join("\n")
 }

@@ -17,7 +17,7 @@ use super::{
     backends::config,
     cluster::{Api, Running},
     features::{Own, Part, pod},
-    fixture::{Addresses, Answer, From, Net, ask, source, until},
+    fixture::{Addresses, Answer, From, Net, ask, listed, source, until},
 };
 use crate::{
     Mode, ProxyConfig,
@@ -129,7 +129,7 @@ fn rules_of(mode: Mode, family: Family) -> ProxyConfig {
     ProxyConfig { families: vec![family], sync_period: Duration::from_millis(200), ..config(mode) }
 }
 
-fn start(net: &Net, api: &Api, mode: Mode, family: Family) -> Running {
+pub(super) fn start(net: &Net, api: &Api, mode: Mode, family: Family) -> Running {
     let running = Running::start(&net.host, rules_of(mode, family), api);
     until("the first sync", || {
         running.has_metric("kubeproxy_sync_full_proxy_rules_duration_seconds_count")
@@ -154,8 +154,8 @@ fn edits(mode: Mode, family: Family) -> Vec<String> {
         }
         Mode::Iptables => {
             let program = if family == Family::V4 { "iptables" } else { "ip6tables" };
-            ["X -t nat -F", "X -t nat -F KUBE-SERVICES", "X -t nat -F && X -t nat -X"]
-                .map(|edit| edit.replace('X', program))
+            ["RUN -t nat -F", "RUN -t nat -F KUBE-SERVICES", "RUN -t nat -F; RUN -t nat -X"]
+                .map(|edit| edit.replace("RUN", program))
                 .into()
         }
         Mode::Userspace => Vec::new(),
@@ -179,11 +179,23 @@ fn connections_succeed_whatever_changes(mode: Mode, family: Family) {
 
     // A relay's listeners end with it; rules stay.
     if mode != Mode::Userspace {
+        let begin = Instant::now();
         for _ in 0..3 {
             running.stop();
             running = start(&net, &api, mode, family);
         }
         no_failures("the proxy is stopped and started", begin, &load.failures());
+    }
+
+    for other in others(mode).iter().copied() {
+        let begin = Instant::now();
+        for next in [other, mode] {
+            running.stop();
+            running = start(&net, &api, next, family);
+            let left = if next == mode { other } else { mode };
+            until("the other mode's rules go", || !in_force(&net, left, family));
+        }
+        no_failures(&format!("{} and back", other.as_str()), begin, &load.failures());
     }
 
     for edit in edits(mode, family) {
@@ -203,6 +215,21 @@ fn connections_succeed_whatever_changes(mode: Mode, family: Family) {
     running.stop();
     // A client that got nowhere would prove nothing.
     assert!(connections > 1_000, "{connections} connections");
+}
+
+/// Modes that this one is changed into, with rules that stay when the proxy stops.
+fn others(mode: Mode) -> &'static [Mode] {
+    match mode {
+        Mode::Nftables => &[Mode::Iptables],
+        Mode::Iptables => &[Mode::Nftables],
+        Mode::Userspace => &[],
+    }
+}
+
+/// Whether a mode's rules for the Service are there.
+fn in_force(net: &Net, mode: Mode, family: Family) -> bool {
+    let rules = listed(net, mode, family);
+    rules.contains("KUBE-SVC-") || rules.contains("table ip")
 }
 
 /// Endpoints come and go, and at least one is always there.

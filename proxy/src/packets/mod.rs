@@ -40,6 +40,7 @@ macro_rules! everywhere {
 mod backends;
 mod changes_test;
 mod cluster;
+mod drift_test;
 mod features;
 mod fixture;
 mod load_test;
