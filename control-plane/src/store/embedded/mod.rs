@@ -14,6 +14,9 @@
 //! [`layout`] is what the tables mean: functions over an open transaction. [`writer`] is the thread
 //! that commits. Reads run on blocking threads over a snapshot of their own.
 //!
+//! A commit that fails, as on a full disk, fails for those who wait for it. redb takes nothing more
+//! then until the file is opened anew, which the writer does before the next write.
+//!
 //! Group commit adds no wait: an idle writer commits a lone write at once; while it is in `fsync`,
 //! others queue up and share the next one.
 
@@ -61,10 +64,13 @@ const BROADCAST: usize = 64;
 /// Changes that a watch reads from the log at a time.
 const REPLAY: usize = 256;
 
+/// Where the open database is. Whoever reads holds it for as long as that takes; it isn't there once
+/// the store is closed, and for a moment while it is opened anew.
+type Shelf = RwLock<Option<Arc<Database>>>;
+
 /// See the [module](self).
 pub struct EmbeddedStore {
-    /// `None` once closed. Whoever reads holds it for as long as that takes.
-    db: RwLock<Option<Arc<Database>>>,
+    db: Arc<Shelf>,
     path: Arc<str>,
     orders: Mutex<Option<mpsc::Sender<Order>>>,
     changes: broadcast::Sender<Arc<[Change]>>,
@@ -80,19 +86,18 @@ impl EmbeddedStore {
     /// The file cannot be opened, is in use by another process, or is not such a store.
     pub fn open(path: &Path, options: &EmbeddedOptions) -> Result<Self, StoreError> {
         let name: Arc<str> = path.display().to_string().into();
-        let db = redb::Builder::new()
-            .set_cache_size(options.cache_bytes)
-            .create(path)
-            .map_err(|error| backend(&name, &error))?;
-        let db = Arc::new(db);
-        let revision = layout::prepare(&db).map_err(|error| backend(&name, &error))?;
+        let (db, revision) =
+            open_file(path, options.cache_bytes).map_err(|error| backend(&name, &error))?;
+        let db = Arc::new(RwLock::new(Some(Arc::new(db))));
         let (orders, queue) = mpsc::channel(QUEUE);
         let (changes, _) = broadcast::channel(BROADCAST);
         let broken = Arc::new(AtomicBool::new(false));
         let (publish, current) = watch::channel(revision);
         let thread = writer::Writer {
-            db: Arc::clone(&db),
+            shelf: Arc::clone(&db),
             path: Arc::clone(&name),
+            file: path.to_owned(),
+            cache_bytes: options.cache_bytes,
             history: options.history,
             queue,
             changes: changes.clone(),
@@ -104,7 +109,7 @@ impl EmbeddedStore {
             .spawn(move || thread.run())
             .map_err(|error| backend(&name, &error))?;
         Ok(Self {
-            db: RwLock::new(Some(db)),
+            db,
             path: name,
             orders: Mutex::new(Some(orders)),
             changes,
@@ -156,8 +161,19 @@ impl EmbeddedStore {
     }
 
     fn database(&self) -> Option<Arc<Database>> {
-        self.db.read().unwrap_or_else(PoisonError::into_inner).clone()
+        taken(&self.db)
     }
+}
+
+fn taken(shelf: &Shelf) -> Option<Arc<Database>> {
+    shelf.read().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// Opens the file, or makes it; its newest revision comes along.
+fn open_file(path: &Path, cache_bytes: usize) -> Result<(Database, Revision), redb::Error> {
+    let db = redb::Builder::new().set_cache_size(cache_bytes).create(path)?;
+    let revision = layout::prepare(&db)?;
+    Ok((db, revision))
 }
 
 fn closed(path: &str) -> StoreError {
@@ -219,7 +235,7 @@ impl Store for EmbeddedStore {
         self.read(move |snapshot| snapshot.check(after)).await?;
         let (sender, receiver) = mpsc::channel(4);
         let follower = Follower {
-            db: Arc::downgrade(&self.database().ok_or_else(|| closed(&self.path))?),
+            db: Arc::downgrade(&self.db),
             path: Arc::clone(&self.path),
             prefix: prefix.to_owned(),
             seen: after,
@@ -265,7 +281,7 @@ impl Store for EmbeddedStore {
 /// One watch: the log up to now, then what is committed.
 struct Follower {
     /// A watch does not keep the file open.
-    db: Weak<Database>,
+    db: Weak<Shelf>,
     path: Arc<str>,
     prefix: String,
     /// All up to here has been sent on.
@@ -309,7 +325,8 @@ impl Follower {
     async fn replay(&mut self) -> Result<(), StoreError> {
         loop {
             let seen = self.seen;
-            let db = self.db.upgrade().ok_or_else(|| closed(&self.path))?;
+            let shelf = self.db.upgrade();
+            let db = shelf.and_then(|shelf| taken(&shelf)).ok_or_else(|| closed(&self.path))?;
             let changes = read_blocking(db, Arc::clone(&self.path), move |snapshot| {
                 snapshot.changes(seen, REPLAY)
             })

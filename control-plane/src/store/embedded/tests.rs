@@ -34,6 +34,48 @@ fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
 }
 
+/// Lets files grow to so many bytes, as a full disk does; `None` for as long as they like.
+fn let_files_grow(to: Option<u64>) {
+    // SAFETY: plain system calls with a structure that outlives them. The limit is this process's,
+    // which runs this one test.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        assert_eq!(libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit), 0);
+        limit.rlim_cur = to.unwrap_or(limit.rlim_max);
+        assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_fails_writes_until_there_is_room() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir, 100);
+    let first = store.put("before", text("1"), Expect::Absent).await.unwrap();
+    let mut watch = store.watch("", first).await.unwrap();
+    let length = std::fs::metadata(dir.path().join("store.redb")).unwrap().len();
+    let_files_grow(Some(length));
+    let large = Bytes::from(vec![b'x'; 1 << 20]);
+    let mut refused = 0;
+    for number in 0..8 {
+        refused += usize::from(
+            store.put(&format!("large-{number}"), large.clone(), Expect::Absent).await.is_err(),
+        );
+    }
+    assert!(refused > 0, "it took 8 MiB in {length} bytes");
+    assert!(!store.is_healthy());
+    let_files_grow(None);
+    let after = store.put("after", text("2"), Expect::Absent).await.unwrap();
+    assert!(store.is_healthy());
+    assert_eq!(store.get("before").await.unwrap().unwrap().modified, first);
+    loop {
+        let changes = watch.next().await.unwrap().unwrap();
+        if changes.iter().any(|change| &*change.key == "after" && change.revision == after) {
+            break;
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_write_happens_only_if_the_key_is_as_expected() {
     let dir = TempDir::new().unwrap();

@@ -1,8 +1,12 @@
 //! The one thread that writes.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -11,8 +15,9 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use super::{
     super::{Change, Expect, Revision, StoreError},
-    backend,
-    layout::Tables,
+    Shelf, backend, closed,
+    layout::{Snapshot, Tables},
+    open_file, taken,
 };
 
 /// Writes that share a commit at most.
@@ -20,6 +25,9 @@ const BATCH: usize = 256;
 /// So many revisions are forgotten with one commit: more than it adds, so that compaction catches
 /// up, and few enough that no write waits for it.
 const COMPACT_STEP: u64 = 512;
+
+/// How long those who read may hold up the file's being opened anew.
+const READERS: Duration = Duration::from_secs(2);
 
 type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
 
@@ -37,13 +45,16 @@ pub(super) struct Write {
 }
 
 pub(super) struct Writer {
-    pub(super) db: Arc<Database>,
+    pub(super) shelf: Arc<Shelf>,
+    /// As it is named in errors.
     pub(super) path: Arc<str>,
+    pub(super) file: PathBuf,
+    pub(super) cache_bytes: usize,
     pub(super) history: u64,
     pub(super) queue: mpsc::Receiver<Order>,
     pub(super) changes: broadcast::Sender<Arc<[Change]>>,
     pub(super) publish: watch::Sender<Revision>,
-    /// Set when a commit failed: the database takes no more writes then.
+    /// Set while a commit has failed and the file could not be opened anew.
     pub(super) broken: Arc<AtomicBool>,
 }
 
@@ -82,6 +93,55 @@ impl Writer {
         }
     }
 
+    /// Opens the file anew after a failure, and tells of what was written although it had failed.
+    fn reopen(&self) -> Result<(), StoreError> {
+        let failed = |error: redb::Error| backend(&self.path, &error);
+        let old = self.shelf.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut old) = old {
+            // One process has the file once: those who still read have to be done.
+            let deadline = Instant::now() + READERS;
+            while let Err(shared) = Arc::try_unwrap(old).map(drop) {
+                old = shared;
+                if Instant::now() > deadline {
+                    self.shelf.write().unwrap_or_else(PoisonError::into_inner).replace(old);
+                    return Err(backend(&self.path, &"it is still being read"));
+                }
+                std::thread::sleep(READERS / 1_000);
+            }
+        }
+        let (db, newest) = open_file(&self.file, self.cache_bytes).map_err(failed)?;
+        let db = Arc::new(db);
+        loop {
+            let published = *self.publish.borrow();
+            if published >= newest {
+                break;
+            }
+            let snapshot = Snapshot::open(&db, Arc::clone(&self.path))?;
+            let changes = snapshot.changes(published, BATCH)?;
+            let Some(last) = changes.last() else { break };
+            self.publish.send_replace(last.revision);
+            let _ = self.changes.send(changes.into());
+        }
+        self.shelf.write().unwrap_or_else(PoisonError::into_inner).replace(db);
+        self.broken.store(false, Ordering::Release);
+        tracing::info!(path = %self.path, "the store takes writes again");
+        Ok(())
+    }
+
+    /// The open database, after a failure opened anew.
+    fn database(&self) -> Result<Arc<Database>, StoreError> {
+        if self.broken.load(Ordering::Acquire) {
+            self.reopen()?;
+        }
+        taken(&self.shelf).ok_or_else(|| closed(&self.path))
+    }
+
+    fn failed(&self, error: &redb::Error) -> StoreError {
+        tracing::error!(path = %self.path, %error, "a commit failed");
+        self.broken.store(true, Ordering::Release);
+        backend(&self.path, error)
+    }
+
     fn write(&self, writes: Vec<Write>) {
         match self.commit(&writes) {
             Ok(committed) => {
@@ -95,17 +155,24 @@ impl Writer {
                 }
             }
             Err(error) => {
-                tracing::error!(path = %self.path, %error, "a commit failed");
-                self.broken.store(true, Ordering::Release);
+                let problem = match error {
+                    StoreError::Backend { problem, .. } => problem,
+                    other => other.to_string(),
+                };
                 for write in writes {
-                    let _ = write.answer.send(Err(backend(&self.path, &error)));
+                    let _ = write.answer.send(Err(backend(&self.path, &problem)));
                 }
             }
         }
     }
 
-    fn commit(&self, writes: &[Write]) -> Result<Committed, redb::Error> {
-        let mut transaction = self.db.begin_write()?;
+    fn commit(&self, writes: &[Write]) -> Result<Committed, StoreError> {
+        let db = self.database()?;
+        self.commit_to(&db, writes).map_err(|error| self.failed(&error))
+    }
+
+    fn commit_to(&self, db: &Database, writes: &[Write]) -> Result<Committed, redb::Error> {
+        let mut transaction = db.begin_write()?;
         transaction.set_durability(Durability::Immediate)?;
         transaction.set_quick_repair(QUICK_REPAIR);
         let mut committed = Committed::default();
@@ -143,8 +210,9 @@ impl Writer {
         if target > current {
             return Err(StoreError::Future { requested: target, current });
         }
+        let db = self.database()?;
         let step = || -> Result<bool, redb::Error> {
-            let mut transaction = self.db.begin_write()?;
+            let mut transaction = db.begin_write()?;
             transaction.set_quick_repair(QUICK_REPAIR);
             let done = {
                 let mut tables = Tables::open(&transaction)?;
@@ -157,7 +225,7 @@ impl Writer {
             Ok(done)
         };
         loop {
-            if step().map_err(|error| backend(&self.path, &error))? {
+            if step().map_err(|error| self.failed(&error))? {
                 return Ok(());
             }
         }
