@@ -201,7 +201,8 @@ impl Writer {
                     return;
                 }
                 Err(error) if attempt == 5 => {
-                    tracing::warn!(reason = occurrence.reason, %error, "event not written");
+                    let error = crate::client_error::shown(&error);
+                    tracing::warn!(reason = occurrence.reason, error, "event not written");
                     return;
                 }
                 Err(_) => tokio::time::sleep(backoff.next_wait()).await,

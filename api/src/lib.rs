@@ -6,6 +6,7 @@
 //! * [`yaml`]: manifests from outside, read within bounds.
 //! * [`events`]: Kubernetes events, recorded without ever holding up the caller.
 //! * [`backoff`]: how long to wait before the next try.
+//! * [`client_error`]: what to say of an error of the client.
 //! * [`metrics`] and [`logging`]: how each part shows what it does.
 //!
 //! The Kubernetes types themselves come from `k8s-openapi`, the client from `kube`. This crate
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backoff;
+pub mod client_error;
 pub mod events;
 pub mod logging;
 pub mod metrics;

@@ -95,6 +95,11 @@ fn options(limits: Limits) -> serde_saphyr::Options {
 
 fn syntax(error: &serde_saphyr::Error) -> YamlError {
     let line = error.location().map_or(1, |location| location.line() as usize);
+    if let serde_saphyr::Error::DuplicateMappingKey { key, .. } = error.without_snippet() {
+        let key = key.as_deref().unwrap_or_default();
+        let reason = format!("key {key:?} stands here for a second time");
+        return YamlError::Syntax { line, reason };
+    }
     // The library's text repeats the place and a snippet over several lines; one line is enough.
     let text = error.without_snippet().to_string();
     let reason = text.lines().next().unwrap_or_default().to_owned();
@@ -134,7 +139,7 @@ mod tests {
         let error = document(b"a: 1\nb: [1,\nc: }\n", Limits::default()).unwrap_err();
         assert!(matches!(error, YamlError::Syntax { line: 2..=3, .. }), "{error}");
         let error = document(b"a: 1\nb: 2\na: 3\n", Limits::default()).unwrap_err();
-        assert!(matches!(error, YamlError::Syntax { line: 3, .. }), "{error}");
+        assert_eq!(error.to_string(), "line 3: key \"a\" stands here for a second time");
     }
 
     #[test]
