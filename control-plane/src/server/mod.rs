@@ -36,6 +36,7 @@ mod nonresource;
 pub(crate) mod objects;
 mod peers;
 mod protobuf;
+mod refusal;
 pub(crate) mod request;
 mod respond;
 mod security;

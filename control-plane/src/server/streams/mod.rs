@@ -34,6 +34,7 @@ pub(crate) use self::headers::TOKEN_PROTOCOL;
 use self::headers::{HOP_BY_HOP, forwarded};
 use super::{
     core::{Call, Core, Target, text},
+    refusal,
     respond::{self, Answer},
     service::{RequestBody, empty},
 };
@@ -493,6 +494,10 @@ async fn pass_on(
         });
         parts.headers.remove(header::TRANSFER_ENCODING);
         return Ok(Answer::from_parts(parts, empty()));
+    }
+    // What is proxied is passed on as it is; an answer of ours has our form.
+    if call.info.subresource == "log" && !answer.status().is_success() {
+        return Err(refusal::status(answer).await);
     }
     let (mut parts, body) = answer.into_parts();
     for name in HOP_BY_HOP {
