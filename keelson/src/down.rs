@@ -38,9 +38,14 @@ pub(crate) async fn run(args: &DownArgs) -> anyhow::Result<()> {
             failed.push(format!("pods: {error:#}"));
         }
     }
-    match tokio::task::spawn_blocking(keelson_proxy::cleanup).await.context("service rules")? {
-        Ok(()) => println!("removed the service rules"),
-        Err(error) => failed.push(format!("service rules: {error}")),
+    // One network has one set of rules: another instance in it goes on using them.
+    if let Some(other) = instance::other_proxy() {
+        println!("kept the service rules: process {other} uses them");
+    } else {
+        match tokio::task::spawn_blocking(keelson_proxy::cleanup).await.context("service rules")? {
+            Ok(()) => println!("removed the service rules"),
+            Err(error) => failed.push(format!("service rules: {error}")),
+        }
     }
     let kubelet = paths.kubelet.clone();
     match tokio::task::spawn_blocking(move || unmount_all(&kubelet)).await.context("volumes")? {

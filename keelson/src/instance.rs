@@ -172,6 +172,28 @@ pub(crate) fn stop(paths: &Paths, patience: Duration) -> anyhow::Result<bool> {
     bail!("process {pid} did not end");
 }
 
+/// Another process of this program that keeps Service rules in this network namespace.
+pub(crate) fn other_proxy() -> Option<u32> {
+    let network = fs::read_link("/proc/self/ns/net").ok()?;
+    let own = std::process::id();
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+        // the arguments of a process that has ended are gone
+        let arguments = fs::read(entry.path().join("cmdline")).ok()?;
+        let same = fs::read_link(entry.path().join("ns/net")).is_ok_and(|net| net == network);
+        (pid != own && same && keeps_rules(&arguments)).then_some(pid)
+    })
+}
+
+/// Whether a command line, its parts ended by zeros, is `keelson up` or `keelson proxy`.
+fn keeps_rules(arguments: &[u8]) -> bool {
+    let mut parts = arguments.split(|byte| *byte == 0);
+    let program = parts.next().and_then(|program| program.rsplit(|byte| *byte == b'/').next());
+    let ours = program == Some(b"keelson".as_slice()) || arguments.starts_with(b"/proc/self/exe\0");
+    let command = parts.find(|part| !part.starts_with(b"-"));
+    ours && (command == Some(b"up".as_slice()) || command == Some(b"proxy".as_slice()))
+}
+
 /// Waits until nobody holds the folders.
 fn wait_stopped(paths: &Paths, deadline: Duration) -> bool {
     let start = Instant::now();
@@ -219,6 +241,16 @@ mod tests {
             api_server: None,
             ready: false,
             cgroup_root: String::new(),
+        }
+    }
+
+    #[test]
+    fn who_keeps_rules_is_known_by_its_command_line() {
+        for line in ["/usr/bin/keelson up --demo", "keelson proxy", "/proc/self/exe up -x"] {
+            assert!(keeps_rules(line.replace(' ', "\0").as_bytes()), "{line}");
+        }
+        for line in ["keelson down", "keelson agent up", "vi up", ""] {
+            assert!(!keeps_rules(line.replace(' ', "\0").as_bytes()), "{line}");
         }
     }
 
