@@ -9,9 +9,11 @@ mod kubelet;
 mod proxy;
 mod proxy_flags;
 
-use std::path::Path;
+use std::{borrow::Cow, net::IpAddr, path::Path};
 
 use anyhow::{Context, bail};
+use k8s_openapi::api::core::v1::Taint;
+use keelson_api::quantity::Quantity;
 use serde_json::{Map, Value};
 
 pub(crate) use kubelet::KubeletSettings;
@@ -41,41 +43,115 @@ enum Type {
     Text,
     Duration,
     Texts,
-    TextMap,
     BoolMap,
-    Objects,
+    /// From the first to the last.
+    Within(i64, i64),
+    /// In milliseconds, from the first to the last; zero for the default.
+    DurationWithin(u64, u64),
+    Port,
+    Address,
+    Addresses,
+    /// Addresses with the length of their prefix.
+    Range,
+    Amount,
+    Amounts,
+    OneOf(&'static [&'static str]),
+    Cgroup,
+    Taints,
 }
 
 impl Type {
-    fn name(self) -> &'static str {
-        match self {
+    fn name(self) -> Cow<'static, str> {
+        Cow::Borrowed(match self {
             Self::Bool => "true or false",
             Self::Integer => "a whole number",
             Self::Text => "text",
             Self::Duration => "a duration such as 10s or 1m30s",
             Self::Texts => "a list of texts",
-            Self::TextMap => "a map of texts",
             Self::BoolMap => "a map of names to true or false",
-            Self::Objects => "a list of objects",
-        }
+            Self::Within(least, i64::MAX) => {
+                return Cow::Owned(format!("a whole number of at least {least}"));
+            }
+            Self::Within(least, most) => {
+                return Cow::Owned(format!("a whole number from {least} to {most}"));
+            }
+            Self::DurationWithin(least, most) => {
+                let shown = |millis: u64| match millis % 1000 {
+                    0 => format!("{}s", millis / 1000),
+                    _ => format!("{millis}ms"),
+                };
+                return Cow::Owned(if most == u64::MAX {
+                    format!("a duration of at least {}", shown(least))
+                } else {
+                    format!("a duration from {} to {}", shown(least), shown(most))
+                });
+            }
+            Self::Port => "a port from 0 to 65535",
+            Self::Address => "an IP address",
+            Self::Addresses => "a list of IP addresses",
+            Self::Range => "a range of addresses such as 10.1.0.0/16",
+            Self::Amount => "a quantity such as 10Mi",
+            Self::Amounts => "a map of quantities such as {cpu: 100m, memory: 1Gi}",
+            Self::OneOf(words) => return Cow::Owned(words.join(" or ")),
+            Self::Cgroup => "the path of a cgroup, without .. in it",
+            Self::Taints => "a list of taints with key, value and effect",
+        })
     }
 
     fn fits(self, value: &Value) -> bool {
+        // an empty text is Go's way of saying nothing
+        let text = |fits: fn(&str) -> bool| {
+            value.as_str().is_some_and(|text| text.is_empty() || fits(text))
+        };
         match self {
             Self::Bool => value.is_boolean(),
             Self::Integer => value.is_i64(),
             Self::Text => value.is_string(),
             Self::Duration => value.as_str().is_some_and(|text| duration::parse(text).is_ok()),
             Self::Texts => value.as_array().is_some_and(|all| all.iter().all(Value::is_string)),
-            Self::TextMap => {
-                value.as_object().is_some_and(|all| all.values().all(Value::is_string))
-            }
             Self::BoolMap => {
                 value.as_object().is_some_and(|all| all.values().all(Value::is_boolean))
             }
-            Self::Objects => value.as_array().is_some_and(|all| all.iter().all(Value::is_object)),
+            Self::Within(least, most) => {
+                value.as_i64().is_some_and(|number| (least..=most).contains(&number))
+            }
+            Self::DurationWithin(least, most) => {
+                value.as_str().and_then(|text| duration::parse(text).ok()).is_some_and(|given| {
+                    let within = u128::from(least)..=u128::from(most);
+                    given.is_zero() || within.contains(&given.as_millis())
+                })
+            }
+            Self::Port => value.as_u64().is_some_and(|port| port <= u64::from(u16::MAX)),
+            Self::Address => text(|text| text.parse::<IpAddr>().is_ok()),
+            Self::Addresses => value.as_array().is_some_and(|all| {
+                all.iter().all(|one| one.as_str().is_some_and(|one| one.parse::<IpAddr>().is_ok()))
+            }),
+            Self::Range => text(|text| text.parse::<ipnet::IpNet>().is_ok()),
+            Self::Amount => text(is_amount),
+            Self::Amounts => value
+                .as_object()
+                .is_some_and(|all| all.values().all(|one| one.as_str().is_some_and(is_amount))),
+            Self::OneOf(words) => {
+                value.as_str().is_some_and(|text| text.is_empty() || words.contains(&text))
+            }
+            Self::Cgroup => text(|path| {
+                path.bytes().all(|byte| byte.is_ascii_graphic())
+                    && path.split('/').all(|part| part != ".." && part != ".")
+            }),
+            Self::Taints => {
+                serde_json::from_value::<Vec<Taint>>(value.clone()).is_ok_and(|taints| {
+                    let effects = ["NoSchedule", "PreferNoSchedule", "NoExecute"];
+                    taints.iter().all(|taint| {
+                        !taint.key.is_empty() && effects.contains(&taint.effect.as_str())
+                    })
+                })
+            }
         }
     }
+}
+
+fn is_amount(text: &str) -> bool {
+    Quantity::parse(text).is_ok_and(|amount| amount >= Quantity::ZERO)
 }
 
 /// A config file as read: its fields, and what of them has no effect.
