@@ -11,62 +11,40 @@
 //!
 //! The dispatcher owns all workers. It decides which pods are taken, never how they are run.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use jiff::Timestamp;
-use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
-use keelson_api::{
-    backoff::Backoff,
-    events::{EventRecorder, EventType},
-    object::ObjectKey,
-    quantity::Quantity,
-};
-use keelson_runtime_shim::runtime::{
-    ContainerStatus, PodRuntime, RuntimeError, RuntimeEvent, SandboxId, SandboxStatus,
-};
+use keelson_api::{events::EventRecorder, quantity::Quantity};
+use keelson_runtime_shim::runtime::{PodRuntime, RuntimeError};
 use kube::Client;
 use prometheus::Registry;
-use tokio::{
-    sync::{Semaphore, broadcast, mpsc, watch},
-    task::JoinSet,
-};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admission, classes,
+    classes,
     config::AgentConfig,
     directory::PodTable,
+    dispatcher::Dispatcher,
     environment::ContainerEnvironment,
-    labels, logs,
+    leftover::leftovers,
+    logs,
+    main_tasks::MainTasks,
     metrics::Metrics,
     node::{self, NodeInfo},
     pods::PodDirectory,
+    pulse::Pulse,
     sources::{
-        self, Change,
+        self,
         file::FileSource,
         mirror::{self, Mirrors},
     },
-    status::writer::Target,
     volumes::PodVolumes,
-    worker::{
-        Context, Ended, Handle, Worker,
-        desired::{Desired, Origin, Stop},
-        view,
-    },
+    worker::Context,
 };
 
 /// How many changes of the sources may wait.
 const CHANGES: usize = 256;
-/// How long a static pod that already runs waits for the API's picture of it after a restart, so
-/// that its readiness is carried over.
-const MIRROR_WAIT: Duration = Duration::from_secs(3);
-/// How often pods and containers are counted.
-const COUNTING: Duration = Duration::from_secs(5);
-/// How long workers have to come to rest when the agent stops.
+/// How long tasks have to come to rest when the agent stops.
 const REST: Duration = Duration::from_secs(5);
 
 /// Why the agent can't start.
@@ -84,6 +62,9 @@ pub enum AgentError {
     /// A configured value can't be used.
     #[error("{0}")]
     Config(String),
+    /// A part of it ended by itself.
+    #[error("{0} ended by itself{1}")]
+    Task(&'static str, String),
 }
 
 /// What an agent is made of.
@@ -145,6 +126,7 @@ impl Agent {
             events,
             metrics,
             directory: PodTable::default(),
+            pulse: Arc::default(),
             shutdown: parts.shutdown,
         });
         Ok(Self { context, node })
@@ -161,19 +143,33 @@ impl Agent {
         self.node.pod_cidr()
     }
 
+    /// Whether the agent's loop turns, for `/healthz` and watchdogs.
+    pub fn pulse(&self) -> Arc<Pulse> {
+        Arc::clone(&self.context.pulse)
+    }
+
+    /// Whether this agent has reported its node as ready.
+    pub fn node_ready(&self) -> watch::Receiver<bool> {
+        self.node.ready()
+    }
+
     /// Runs until the shutdown it was made with. Pods run on.
-    pub async fn run(self) {
+    ///
+    /// # Errors
+    /// When a task that the agent can't do without ended by itself.
+    pub async fn run(self) -> Result<(), AgentError> {
         let Self { context, node } = self;
         // before the first look, so that nothing falls between
         let events = context.runtime.events();
-        let Some(leftover) = leftovers(&context).await else { return };
+        let Some(leftover) = leftovers(&context).await else { return Ok(()) };
         let (changes, changed) = mpsc::channel(CHANGES);
         let (mirrors, mirrors_seen) = watch::channel(Arc::new(Mirrors::default()));
-        let mut tasks = JoinSet::new();
+        let mut tasks = MainTasks::default();
         let config = &context.config;
         if let Some(path) = &config.static_pod_path {
             let source = FileSource {
                 path: path.clone(),
+                kept: Some(config.root_dir.join("static-pods")),
                 node: config.node_name.clone(),
                 max_bytes: config.max_manifest_bytes,
                 period: config.file_check_frequency,
@@ -181,498 +177,39 @@ impl Agent {
                 changes: changes.clone(),
                 shutdown: context.shutdown.clone(),
             };
-            tasks.spawn(source.run());
+            tasks.spawn("folder of static pods", source.run());
         }
         if let Some(client) = &context.client {
             let (node, shutdown) = (config.node_name.clone(), context.shutdown.clone());
-            tasks.spawn(sources::api::run(
-                client.clone(),
-                node.clone(),
-                changes.clone(),
-                shutdown.clone(),
-            ));
-            tasks.spawn(mirror::run(client.clone(), node, mirrors_seen, shutdown));
+            let watch =
+                sources::api::run(client.clone(), node.clone(), changes.clone(), shutdown.clone());
+            tasks.spawn("watch of the node's pods", watch);
+            tasks.spawn("mirror pods", mirror::run(client.clone(), node, mirrors_seen, shutdown));
         }
         let (node_view, node_uid) = (node.view(), node.uid());
-        tasks.spawn(node::run(Arc::clone(&context), node));
-        tasks.spawn(logs::run(Arc::clone(&context)));
-        tasks.spawn(classes::run(Arc::clone(&context), node_view.clone()));
-        let dispatcher = Dispatcher {
-            static_known: config.static_pod_path.is_none(),
-            api_known: context.client.is_none(),
-            context: Arc::clone(&context),
-            node_view,
-            workers: HashMap::new(),
-            tasks: JoinSet::new(),
-            uids: HashMap::new(),
-            statics: BTreeMap::new(),
-            api: HashMap::new(),
-            finished: BTreeSet::new(),
-            leftover,
-            mirrors: Mirrors::default(),
-            mirrors_told: mirrors,
-            node_uid,
-            orphans_done: false,
-            waited: false,
-        };
-        dispatcher.run(changed, events).await;
-        // keeps the channel open for as long as somebody listens, with or without sources
-        drop(changes);
-        let rest = async { while tasks.join_next().await.is_some() {} };
-        if tokio::time::timeout(REST, rest).await.is_err() {
-            tracing::warn!("a task of the agent did not come to rest");
-        }
-    }
-}
-
-/// What the runtime has of one pod from before this agent started.
-#[derive(Debug, Default)]
-struct Leftover {
-    sandboxes: Vec<SandboxStatus>,
-    containers: Vec<ContainerStatus>,
-}
-
-/// What the runtime has from before; asked for until it answers or the agent stops.
-async fn leftovers(context: &Context) -> Option<HashMap<String, Leftover>> {
-    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
-    loop {
-        let listed = async {
-            let sandboxes = context.runtime.list_pod_sandboxes().await?;
-            let containers = context.runtime.list_containers(None).await?;
-            Ok::<_, RuntimeError>((sandboxes, containers))
-        };
-        match listed.await {
-            Ok((sandboxes, containers)) => {
-                let mut found: HashMap<String, Leftover> = HashMap::new();
-                let mut owners = HashMap::new();
-                for sandbox in sandboxes {
-                    owners.insert(sandbox.id.clone(), sandbox.config.uid.clone());
-                    found.entry(sandbox.config.uid.clone()).or_default().sandboxes.push(sandbox);
-                }
-                for container in containers {
-                    if let Some(uid) = owners.get(&container.sandbox) {
-                        found.entry(uid.clone()).or_default().containers.push(container);
-                    }
-                }
-                return Some(found);
-            }
-            Err(error) => tracing::warn!(%error, "runtime does not list its pods, trying again"),
-        }
-        tokio::select! {
-            () = context.shutdown.cancelled() => return None,
-            () = tokio::time::sleep(backoff.next_wait()) => {}
-        }
-    }
-}
-
-struct Running {
-    handle: Handle,
-    origin: Origin,
-    key: ObjectKey,
-    pod: Arc<Pod>,
-    task: tokio::task::Id,
-    /// It was refused: it takes nothing from the node.
-    rejected: bool,
-}
-
-struct Dispatcher {
-    context: Arc<Context>,
-    node_view: watch::Receiver<Arc<admission::NodeView>>,
-    node_uid: watch::Receiver<Option<String>>,
-    workers: HashMap<String, Running>,
-    tasks: JoinSet<Ended>,
-    uids: HashMap<tokio::task::Id, String>,
-    /// The static pods that should run, by UID.
-    statics: BTreeMap<String, Arc<Pod>>,
-    /// The API's pods for this node, by UID; without mirrors.
-    api: HashMap<String, Arc<Pod>>,
-    /// Pods that were brought to their end here and that the API still shows.
-    finished: BTreeSet<String>,
-    leftover: HashMap<String, Leftover>,
-    mirrors: Mirrors,
-    mirrors_told: watch::Sender<Arc<Mirrors>>,
-    static_known: bool,
-    api_known: bool,
-    orphans_done: bool,
-    /// The wait for the API's picture of static pods is over.
-    waited: bool,
-}
-
-impl Dispatcher {
-    async fn run(
-        mut self,
-        mut changes: mpsc::Receiver<Change>,
-        mut events: broadcast::Receiver<RuntimeEvent>,
-    ) {
-        let shutdown = self.context.shutdown.clone();
-        let mut counting = tokio::time::interval(COUNTING);
-        let mut wait = std::pin::pin!(tokio::time::sleep(MIRROR_WAIT));
-        if self.static_known && self.api_known {
-            self.take_orphans().await;
-        }
+        tasks.spawn("node", node::run(Arc::clone(&context), node));
+        tasks.spawn("classes of pods", classes::run(Arc::clone(&context), node_view.clone()));
+        tasks.spawn("rotation of logs", logs::run(Arc::clone(&context)));
+        let dispatcher =
+            Dispatcher::new(Arc::clone(&context), node_view, node_uid, leftover, mirrors);
+        let mut dispatch = std::pin::pin!(dispatcher.run(changed, events));
         loop {
             tokio::select! {
-                biased;
-                () = shutdown.cancelled() => break,
-                event = events.recv() => self.pass_on(event),
-                Some(change) = changes.recv() => {
-                    self.take(change);
-                    self.settle().await;
-                }
-                Some(ended) = self.tasks.join_next_with_id(), if !self.tasks.is_empty() => {
-                    match ended {
-                        Ok((task, ended)) => self.take_end(task, ended),
-                        Err(error) => {
-                            tracing::error!(%error, "worker failed, a new one takes over");
-                            self.take_failure(error.id()).await;
-                        }
+                () = &mut dispatch => break,
+                end = tasks.next_end() => {
+                    if end.result.is_ok() && context.shutdown.is_cancelled() {
+                        continue;
                     }
-                    self.settle().await;
-                }
-                Ok(()) = self.node_uid.changed() => self.tell_mirrors(),
-                () = &mut wait, if !self.waited => {
-                    self.waited = true;
-                    self.settle().await;
-                }
-                _ = counting.tick() => self.count(),
-            }
-        }
-        // the workers see the shutdown themselves and leave their pods alone
-        let rest = async { while self.tasks.join_next().await.is_some() {} };
-        if tokio::time::timeout(REST, rest).await.is_err() {
-            tracing::warn!("a pod's worker did not come to rest");
-        }
-    }
-
-    fn pass_on(&self, event: Result<RuntimeEvent, broadcast::error::RecvError>) {
-        match event {
-            Ok(event) => {
-                if let Some(worker) = self.workers.get(&event.pod_uid) {
-                    worker.handle.changed.notify_one();
-                }
-            }
-            Err(broadcast::error::RecvError::Lagged(missed)) => {
-                tracing::warn!(missed, "runtime events missed, looking at all pods");
-                for worker in self.workers.values() {
-                    worker.handle.changed.notify_one();
-                }
-            }
-            // the runtime is gone for good; workers still look every minute
-            Err(broadcast::error::RecvError::Closed) => {}
-        }
-    }
-
-    fn take(&mut self, change: Change) {
-        match change {
-            Change::Static(pods) => {
-                self.static_known = true;
-                self.statics = pods
-                    .into_iter()
-                    .filter_map(|pod| Some((pod.metadata.uid.clone()?, pod)))
-                    .collect();
-                for (uid, worker) in &self.workers {
-                    if worker.origin == Origin::Static && !self.statics.contains_key(uid) {
-                        stop(worker);
-                    }
-                }
-            }
-            Change::ApiAll(pods) => {
-                self.api_known = true;
-                self.mirrors.found.clear();
-                self.api.clear();
-                self.mirrors.listed = true;
-                for pod in pods {
-                    self.take_api(pod);
-                }
-                for (uid, worker) in &self.workers {
-                    if worker.origin == Origin::Api && !self.api.contains_key(uid) {
-                        stop(worker);
-                    }
-                }
-                let api = &self.api;
-                self.finished.retain(|uid| api.contains_key(uid));
-            }
-            Change::ApiPod(pod) => self.take_api(pod),
-            Change::ApiGone(pod) => {
-                let key = ObjectKey::of(&pod.metadata);
-                let uid = pod.metadata.uid.clone().unwrap_or_default();
-                if mirror::is_mirror(&pod) {
-                    let ours = self.mirrors.found.get(&key);
-                    if ours.is_some_and(|found| found.metadata.uid == pod.metadata.uid) {
-                        self.mirrors.found.remove(&key);
-                    }
-                    return;
-                }
-                self.api.remove(&uid);
-                self.finished.remove(&uid);
-                if let Some(worker) = self.workers.get_mut(&uid) {
-                    worker.pod = Arc::clone(&pod);
-                    worker.handle.desired.send_modify(|desired| desired.pod = pod);
-                    stop(worker);
+                    let why = end.result.err().map_or_else(String::new, |error| format!(": {error}"));
+                    return Err(AgentError::Task(end.name, why));
                 }
             }
         }
-    }
-
-    fn take_api(&mut self, pod: Arc<Pod>) {
-        let Some(uid) = pod.metadata.uid.clone() else { return };
-        let key = ObjectKey::of(&pod.metadata);
-        if mirror::is_mirror(&pod) {
-            self.mirrors.found.insert(key, pod);
-            return;
+        // keeps the channel open for as long as somebody listens, with or without sources
+        drop(changes);
+        if !tasks.rest(REST).await {
+            tracing::warn!("a task of the agent did not come to rest");
         }
-        if let Some(worker) = self.workers.get_mut(&uid) {
-            worker.pod = Arc::clone(&pod);
-            worker.handle.desired.send_modify(|desired| desired.pod = Arc::clone(&pod));
-        }
-        // a namesake whose end was missed
-        let replaced: Vec<String> = self
-            .api
-            .iter()
-            .filter(|(other, known)| **other != uid && ObjectKey::of(&known.metadata) == key)
-            .map(|(other, _)| other.clone())
-            .collect();
-        for other in replaced {
-            self.api.remove(&other);
-            if let Some(worker) = self.workers.get(&other) {
-                stop(worker);
-            }
-        }
-        self.api.insert(uid, pod);
-    }
-
-    /// Starts what should run and does not, and says what changed for the mirrors.
-    async fn settle(&mut self) {
-        let mut missing: Vec<(String, Arc<Pod>, Origin)> = Vec::new();
-        for (uid, pod) in &self.statics {
-            let name_taken =
-                self.workers.values().any(|worker| worker.key == ObjectKey::of(&pod.metadata));
-            let wait = !self.waited && !self.api_known && self.leftover.contains_key(uid);
-            if !name_taken && !wait {
-                missing.push((uid.clone(), Arc::clone(pod), Origin::Static));
-            }
-        }
-        for (uid, pod) in &self.api {
-            if !self.workers.contains_key(uid) && !self.finished.contains(uid) {
-                missing.push((uid.clone(), Arc::clone(pod), Origin::Api));
-            }
-        }
-        // oldest first, as the kubelet admits them
-        missing.sort_by_key(|(uid, pod, origin)| {
-            let created = pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
-            (*origin != Origin::Static, created, uid.clone())
-        });
-        for (uid, pod, origin) in missing {
-            self.start(uid, pod, origin);
-        }
-        if self.static_known && self.api_known && !self.orphans_done {
-            self.take_orphans().await;
-        }
-        self.tell_mirrors();
-    }
-
-    fn start(&mut self, uid: String, mut pod: Arc<Pod>, origin: Origin) {
-        let leftover = self.leftover.remove(&uid).unwrap_or_default();
-        let known = !leftover.sandboxes.is_empty();
-        let target = match origin {
-            Origin::Api => {
-                Some(Target { uid: uid.clone(), status: pod.status.clone().unwrap_or_default() })
-            }
-            Origin::Static => {
-                let mirror = self.mirrors.found.get(&ObjectKey::of(&pod.metadata));
-                if let Some(status) = mirror.and_then(|mirror| mirror.status.clone())
-                    && known
-                {
-                    let mut with_status = Pod::clone(&pod);
-                    with_status.status = Some(status);
-                    pod = Arc::new(with_status);
-                }
-                mirror.map(|mirror| target_of(mirror))
-            }
-            Origin::Orphan => None,
-        };
-        let mut stop = (origin == Origin::Orphan).then_some(Stop::Gone);
-        let new = !known
-            && origin != Origin::Orphan
-            && pod.metadata.deletion_timestamp.is_none()
-            && !view::is_terminal(view::phase(&pod));
-        if new && let Err(rejection) = self.admit(&pod) {
-            let admission::Rejection { reason, message } = rejection;
-            tracing::warn!(pod = view::format_pod(&pod), reason, message, "pod refused");
-            self.context.pod_event(&pod, EventType::Warning, &reason, message.clone());
-            stop = Some(Stop::Rejected { reason, message });
-        }
-        let rejected = matches!(stop, Some(Stop::Rejected { .. }));
-        let desired = Desired { pod: Arc::clone(&pod), origin, stop };
-        let sandboxes = leftover.sandboxes.into_iter().map(|sandbox| sandbox.id).collect();
-        self.spawn(uid, desired, sandboxes, target, rejected);
-    }
-
-    fn spawn(
-        &mut self,
-        uid: String,
-        desired: Desired,
-        sandboxes: Vec<SandboxId>,
-        target: Option<Target>,
-        rejected: bool,
-    ) {
-        let (origin, pod) = (desired.origin, Arc::clone(&desired.pod));
-        let (worker, handle) = Worker::new(Arc::clone(&self.context), desired, sandboxes, target);
-        let task = self.tasks.spawn(worker.run()).id();
-        self.uids.insert(task, uid.clone());
-        let key = ObjectKey::of(&pod.metadata);
-        self.workers.insert(uid, Running { handle, origin, key, pod, task, rejected });
-    }
-
-    fn admit(&self, pod: &Pod) -> Result<(), admission::Rejection> {
-        let active: Vec<Arc<Pod>> = self
-            .workers
-            .iter()
-            .filter(|(_, worker)| !worker.rejected && worker.origin != Origin::Orphan)
-            // the workers know phases that the API has not heard of yet
-            .filter(|(uid, worker)| {
-                let key = &worker.key;
-                let known = self.context.directory.pod(&key.namespace, &key.name);
-                let known = known.filter(|known| known.metadata.uid.as_ref() == Some(uid));
-                !view::is_terminal(view::phase(known.as_ref().unwrap_or(&worker.pod)))
-            })
-            .map(|(_, worker)| Arc::clone(&worker.pod))
-            .collect();
-        let node = Arc::clone(&self.node_view.borrow());
-        admission::admit(pod, &active, &node)
-    }
-
-    fn take_end(&mut self, task: tokio::task::Id, ended: Ended) {
-        let Some(uid) = self.uids.remove(&task) else { return };
-        let ours = self.workers.get(&uid).is_some_and(|worker| worker.task == task);
-        if !ours || ended == Ended::Shutdown {
-            return;
-        }
-        self.workers.remove(&uid);
-        if self.api.contains_key(&uid) {
-            self.finished.insert(uid);
-        }
-    }
-
-    /// A worker panicked: a new one looks at what is there.
-    async fn take_failure(&mut self, task: tokio::task::Id) {
-        let Some(uid) = self.uids.remove(&task) else { return };
-        let Some(worker) = self.workers.remove(&uid) else { return };
-        // not at once: what made it fail may still be there
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        let sandboxes = match self.context.runtime.list_pod_sandboxes().await {
-            Ok(sandboxes) => sandboxes,
-            Err(error) => {
-                tracing::error!(%error, uid, "pod of a failed worker not found again");
-                return;
-            }
-        };
-        let sandboxes = sandboxes
-            .into_iter()
-            .filter(|sandbox| sandbox.config.uid == uid)
-            .map(|sandbox| sandbox.id)
-            .collect();
-        let desired = worker.handle.desired.borrow().clone();
-        let target = worker.handle.target.borrow().clone();
-        self.spawn(uid, desired, sandboxes, target, worker.rejected);
-    }
-
-    /// What the runtime or the disk has and nobody asks for is brought to its end.
-    async fn take_orphans(&mut self) {
-        self.orphans_done = true;
-        let uids: Vec<String> = self.leftover.keys().cloned().collect();
-        for uid in uids {
-            let wanted = self.statics.contains_key(&uid) || self.api.contains_key(&uid);
-            let Some(leftover) = (!wanted).then(|| self.leftover.get(&uid)).flatten() else {
-                continue;
-            };
-            let pod = Arc::new(orphan(&uid, leftover));
-            tracing::info!(pod = view::format_pod(&pod), "pod is asked for by nobody, removing it");
-            self.start(uid, pod, Origin::Orphan);
-        }
-        for uid in self.context.volumes.pods_on_disk().await {
-            let wanted = self.statics.contains_key(&uid) || self.api.contains_key(&uid);
-            if !wanted && !self.workers.contains_key(&uid) {
-                let pod = Arc::new(orphan(&uid, &Leftover::default()));
-                self.start(uid, pod, Origin::Orphan);
-            }
-        }
-    }
-
-    fn tell_mirrors(&mut self) {
-        self.mirrors.node_uid.clone_from(&self.node_uid.borrow());
-        let wanted: BTreeMap<_, _> = self
-            .statics
-            .values()
-            .map(|pod| (ObjectKey::of(&pod.metadata), Arc::clone(pod)))
-            .collect();
-        self.mirrors.wanted = wanted;
-        for worker in self.workers.values().filter(|worker| worker.origin == Origin::Static) {
-            let target = self
-                .mirrors
-                .found
-                .get(&worker.key)
-                .filter(|mirror| {
-                    let hash = |pod: &Pod, key: &str| {
-                        pod.metadata.annotations.as_ref().and_then(|all| all.get(key).cloned())
-                    };
-                    hash(mirror, labels::CONFIG_MIRROR) == hash(&worker.pod, labels::CONFIG_HASH)
-                })
-                .map(|mirror| target_of(mirror));
-            worker.handle.target.send_if_modified(|known| {
-                let uid =
-                    |target: &Option<Target>| target.as_ref().map(|target| target.uid.clone());
-                let changed = uid(known) != uid(&target);
-                if changed {
-                    *known = target;
-                }
-                changed
-            });
-        }
-        self.mirrors_told.send_replace(Arc::new(self.mirrors.clone()));
-    }
-
-    fn count(&self) {
-        let mut counts = self.context.directory.counts();
-        counts.mirror_pods = i64::try_from(self.mirrors.found.len()).unwrap_or(i64::MAX);
-        self.context.metrics.set_counts(&counts);
-    }
-}
-
-fn stop(worker: &Running) {
-    worker.handle.desired.send_if_modified(|desired| {
-        let changed = desired.stop != Some(Stop::Gone);
-        desired.stop = Some(Stop::Gone);
-        changed
-    });
-}
-
-fn target_of(pod: &Pod) -> Target {
-    Target {
-        uid: pod.metadata.uid.clone().unwrap_or_default(),
-        status: pod.status.clone().unwrap_or_default(),
-    }
-}
-
-/// A pod of which only the runtime's labels are left.
-fn orphan(uid: &str, leftover: &Leftover) -> Pod {
-    let config = leftover.sandboxes.first().map(|sandbox| &sandbox.config);
-    let grace = leftover
-        .containers
-        .iter()
-        .find_map(|container| container.annotations.get(labels::GRACE_PERIOD)?.parse().ok());
-    Pod {
-        metadata: ObjectMeta {
-            uid: Some(uid.to_owned()),
-            name: config.map(|config| config.name.clone()),
-            namespace: config.map(|config| config.namespace.clone()),
-            deletion_grace_period_seconds: grace,
-            deletion_timestamp: Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(
-                Timestamp::now(),
-            )),
-            ..Default::default()
-        },
-        spec: None,
-        status: None,
+        Ok(())
     }
 }

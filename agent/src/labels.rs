@@ -19,6 +19,8 @@ pub(crate) const POD_UID: &str = "io.kubernetes.pod.uid";
 pub(crate) const CONTAINER_NAME: &str = "io.kubernetes.container.name";
 /// Hash of what makes a running container outdated when it changes.
 pub(crate) const HASH: &str = "io.kubernetes.container.hash";
+/// The image as the pod names it; the runtime is asked for it by its id.
+pub(crate) const IMAGE: &str = "keelson.dev/image";
 /// How often it was restarted.
 pub(crate) const RESTART_COUNT: &str = "io.kubernetes.container.restartCount";
 /// Where the container may leave its last words.

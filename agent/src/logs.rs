@@ -50,31 +50,50 @@ async fn rotate(context: &Context, status: &ContainerStatus) -> io::Result<()> {
     let log = status.log_path.clone();
     let (limit, files) =
         (context.config.container_log_max_size, context.config.container_log_max_files.max(2));
-    let due = tokio::task::spawn_blocking(move || -> io::Result<Option<PathBuf>> {
-        let length = match fs::metadata(&log) {
-            Ok(metadata) => metadata.len(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        if length < limit {
-            return Ok(None);
-        }
-        tidy(&log, files)?;
-        let aside = aside(&log, Timestamp::now());
-        fs::rename(&log, &aside)?;
-        Ok(Some(aside))
-    });
-    let Some(aside) = due.await.map_err(io::Error::other)?? else { return Ok(()) };
+    let due = tokio::task::spawn_blocking(move || put_aside(&log, limit, files));
+    let aside = match due.await.map_err(io::Error::other)?? {
+        Due::No => return Ok(()),
+        Due::Missing => None,
+        Due::Aside(aside) => Some(aside),
+    };
     let reopened = context.runtime.reopen_container_log(&status.id);
     if let Err(error) = context.timed("reopen_container_log", reopened).await {
         // the container still writes to the file under its new name: put it back
         let log = status.log_path.clone();
-        tokio::task::spawn_blocking(move || fs::rename(aside, log))
-            .await
-            .map_err(io::Error::other)??;
+        if let Some(aside) = aside {
+            tokio::task::spawn_blocking(move || fs::rename(aside, log))
+                .await
+                .map_err(io::Error::other)??;
+        }
         return Err(io::Error::other(error));
     }
     Ok(())
+}
+
+/// Whether a log has to be opened anew.
+#[derive(Debug, PartialEq, Eq)]
+enum Due {
+    No,
+    /// It was put aside, and its new name.
+    Aside(PathBuf),
+    /// It is not there although its container runs: an agent was killed after it had put it aside.
+    Missing,
+}
+
+/// Puts a log aside if it is too large. Blocks on the file system.
+fn put_aside(log: &Path, limit: u64, files: u32) -> io::Result<Due> {
+    let length = match fs::metadata(log) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Due::Missing),
+        Err(error) => return Err(error),
+    };
+    if length < limit {
+        return Ok(Due::No);
+    }
+    tidy(log, files)?;
+    let aside = aside(log, Timestamp::now());
+    fs::rename(log, &aside)?;
+    Ok(Due::Aside(aside))
 }
 
 /// The name of a log that is put aside at some moment.
@@ -137,6 +156,22 @@ fn pack(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::worker::fixture;
+
+    #[tokio::test]
+    async fn a_log_whose_rotation_was_cut_short_is_opened_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = fixture::FakeRuntime::new();
+        let context = fixture::context(Arc::clone(&runtime), folder.path());
+        let mut status = fixture::running("a", 0);
+        status.log_path = folder.path().join("0.log");
+        fs::write(folder.path().join("0.log.20260101-000000"), "put aside, then killed").unwrap();
+        rotate(&context, &status).await.unwrap();
+        assert_eq!(runtime.calls(), ["reopen a-0"]);
+        fs::write(&status.log_path, "small").unwrap();
+        rotate(&context, &status).await.unwrap();
+        assert_eq!(runtime.calls().len(), 1, "nothing to do");
+    }
 
     #[test]
     fn old_logs_are_packed_and_the_oldest_removed() {

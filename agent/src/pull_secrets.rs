@@ -2,6 +2,7 @@
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use k8s_openapi::api::core::v1::{Pod, Secret};
+use keelson_api::client_error;
 use keelson_runtime_shim::runtime::RegistryAuth;
 use kube::Api;
 use serde_json::Value;
@@ -19,7 +20,8 @@ pub(crate) async fn for_image(context: &Context, pod: &Pod, image: &str) -> Vec<
         match secrets.get(&reference.name).await {
             Ok(secret) => found.extend(matching(&secret, image)),
             Err(error) => {
-                tracing::warn!(namespace, secret = reference.name, %error, "pull secret not read");
+                let error = client_error::shown(&error);
+                tracing::warn!(namespace, secret = reference.name, error, "pull secret not read");
                 context.pod_event(
                     pod,
                     keelson_api::events::EventType::Warning,

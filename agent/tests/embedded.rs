@@ -176,7 +176,12 @@ impl Node {
         .await
         .unwrap();
         let directory = agent.directory();
-        Running { runtime, directory, shutdown, task: tokio::spawn(agent.run()) }
+        Running {
+            runtime,
+            directory,
+            shutdown,
+            task: tokio::spawn(async move { agent.run().await.unwrap() }),
+        }
     }
 
     fn manifest(&self, name: &str, text: &str) {

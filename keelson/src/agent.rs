@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, bail};
 use ipnet::IpNet;
 use keelson_agent::{
-    Agent, AgentConfig, AgentParts,
+    Agent, AgentConfig, AgentParts, Pulse,
     environment::{KubeEnvironment, KubeObjects},
     server::{AccessConfig, KubeletServer, ServerConfig, ServerSources},
     stats::Statistics,
@@ -26,7 +26,7 @@ use keelson_runtime_shim::{
 use kube::Client;
 use prometheus::Registry;
 use tokio::sync::watch;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     cli::{AgentArgs, NodeArgs},
@@ -35,7 +35,7 @@ use crate::{
     instance::{self, Record},
     node, notify,
     paths::Paths,
-    run,
+    run::{self, MainTasks},
 };
 
 /// What a node is started with.
@@ -61,7 +61,10 @@ pub(crate) struct NodeOptions {
 /// A running node.
 pub(crate) struct Node {
     pub(crate) images: ImageStore,
-    tasks: TaskTracker,
+    tasks: MainTasks,
+    pulse: Arc<Pulse>,
+    ready: watch::Receiver<bool>,
+    healthz: Option<SocketAddr>,
 }
 
 /// Where a data folder's pods have their cgroups: below the root of the machine as a node has them,
@@ -121,7 +124,7 @@ impl Node {
         let config = runtime_config(paths, &cgroup_root, options.cluster_ranges.clone());
         let runtime =
             EmbeddedRuntime::open(config, images.clone()).await.context("container runtime")?;
-        let tasks = TaskTracker::new();
+        let tasks = MainTasks::new(shutdown.clone());
 
         let config = agent_config(paths, &options)?;
         let allocatable = keelson_agent::allocatable(&config)?;
@@ -135,9 +138,7 @@ impl Node {
                     Some(&options.name),
                     shutdown.clone(),
                 );
-                tasks.spawn(async move {
-                    let _ = task.await;
-                });
+                tasks.spawn("events", async move { Ok(task.await?) });
                 events
             }
             None => EventRecorder::discard(),
@@ -160,7 +161,13 @@ impl Node {
             shutdown: shutdown.clone(),
         })
         .await?;
-        tasks.spawn(follow_pod_range(runtime.clone(), agent.pod_cidr(), shutdown.clone()));
+        let range = follow_pod_range(runtime.clone(), agent.pod_cidr(), shutdown.clone());
+        tasks.spawn("pod range", async move {
+            range.await;
+            Ok(())
+        });
+        let (pulse, ready) = (agent.pulse(), agent.node_ready());
+        let mut healthz = None;
         if options.settings.enable_server.unwrap_or(true) {
             let server = kubelet_server(
                 &options,
@@ -171,17 +178,49 @@ impl Node {
                 shutdown.clone(),
             )
             .await?;
-            tasks.spawn(server.run());
+            tasks.spawn("kubelet API", async move {
+                server.run().await;
+                Ok(())
+            });
+            healthz = healthz_address(&options.settings);
         }
-        tasks.spawn(agent.run());
-        Ok(Self { images, tasks })
+        tasks.spawn("agent", async move { Ok(agent.run().await?) });
+        Ok(Self { images, tasks, pulse, ready, healthz })
+    }
+
+    /// Waits until this process has reported its node as ready.
+    pub(crate) async fn ready(&self) {
+        let mut ready = self.ready.clone();
+        if ready.wait_for(|ready| *ready).await.is_err() {
+            // the agent has ended, which is told elsewhere
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Whether the agent's loop turns.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.pulse.is_alive()
+    }
+
+    /// Whether a part failed.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub(crate) fn result(&self) -> anyhow::Result<()> {
+        self.tasks.result()
     }
 
     /// Waits for the end of everything after the shutdown.
-    pub(crate) async fn stopped(self) {
-        self.tasks.close();
-        self.tasks.wait().await;
+    pub(crate) async fn stopped(&self) {
+        self.tasks.stopped().await;
     }
+}
+
+/// Where `/healthz` is served, if it is.
+fn healthz_address(settings: &KubeletSettings) -> Option<SocketAddr> {
+    let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let port = settings.healthz_port.unwrap_or(10248);
+    (port != 0).then(|| SocketAddr::new(settings.healthz_bind_address.unwrap_or(localhost), port))
 }
 
 /// Hands the node's range of pod addresses on to the runtime, as soon as it is known.
@@ -229,20 +268,12 @@ async fn kubelet_server(
     shutdown: CancellationToken,
 ) -> anyhow::Result<KubeletServer> {
     let settings = &options.settings;
-    let always_allow = match settings.authorization.mode.as_deref() {
-        None | Some("Webhook" | "") => false,
-        Some("AlwaysAllow") => true,
-        Some(other) => bail!("authorization.mode {other:?}: Webhook or AlwaysAllow is wanted"),
-    };
+    let always_allow = settings.authorization.mode.as_deref() == Some("AlwaysAllow");
     let unspecified = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-    let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    let healthz_port = settings.healthz_port.unwrap_or(10248);
     let config = ServerConfig {
         address: SocketAddr::new(settings.address.unwrap_or(unspecified), port),
         tls: Arc::clone(&options.tls),
-        healthz: (healthz_port != 0).then(|| {
-            SocketAddr::new(settings.healthz_bind_address.unwrap_or(localhost), healthz_port)
-        }),
+        healthz: healthz_address(settings),
         access: AccessConfig {
             anonymous: settings.authentication.anonymous.enabled.unwrap_or(false),
             token_review: settings.authentication.webhook.enabled.unwrap_or(true),
@@ -262,6 +293,7 @@ async fn kubelet_server(
         runtime,
         statistics: Arc::new(statistics),
         client: options.client.clone(),
+        pulse: agent.pulse(),
     };
     Ok(KubeletServer::bind(config, sources, shutdown).await?)
 }
@@ -306,6 +338,9 @@ fn agent_config(paths: &Paths, options: &NodeOptions) -> anyhow::Result<AgentCon
     );
     set(&mut config.node.register, settings.register_node);
     config.node.taints.clone_from(&settings.register_with_taints);
+    config.node.provider_id = settings.provider_id.clone().filter(|id| !id.is_empty());
+    set(&mut config.node.max_images, settings.node_status_max_images);
+    config.allowed_unsafe_sysctls.clone_from(&settings.allowed_unsafe_sysctls);
     config.node.pod_cidr = settings.pod_cidr.map(|range| range.to_string());
     let seconds = |seconds: u32| Duration::from_secs(seconds.into());
     set(&mut config.node.lease_duration, settings.node_lease_duration_seconds.map(seconds));
@@ -403,7 +438,7 @@ pub(crate) fn run(args: &AgentArgs) -> anyhow::Result<()> {
     check_machine(settings.fail_cgroup_v1 == Some(false))?;
     let (name, address) =
         (node::name(args.node.node_name.as_deref())?, node::address(args.node.node_ip)?);
-    crate::runtime()?.block_on(async {
+    run::block_on(async {
         let shutdown = run::shutdown_on_signal()?;
         let mut held = instance::hold(
             &paths,
@@ -432,14 +467,16 @@ pub(crate) fn run(args: &AgentArgs) -> anyhow::Result<()> {
             settings,
             client,
         };
-        let healthz = options.settings.healthz_port.unwrap_or(10248);
-        let node = Node::start(&paths, options, &shutdown).await?;
+        let node = Node::start(&paths, options, &shutdown);
+        let Some(node) = run::unless_stopped(node, &shutdown).await? else { return Ok(()) };
         held.ready()?;
         notify::notify("READY=1");
-        notify::watchdog(run::healthy(healthz), shutdown.clone()).await;
+        let healthy = run::healthy(node.healthz, "/healthz");
+        let alive = async || node.is_alive() && healthy().await;
+        notify::watchdog(alive, shutdown.clone()).await;
         shutdown.cancelled().await;
-        node.stopped().await;
-        Ok(())
+        run::ended(node.stopped()).await;
+        node.result()
     })
 }
 

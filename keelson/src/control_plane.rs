@@ -227,21 +227,32 @@ pub(crate) fn run(args: &ControlPlaneArgs) -> anyhow::Result<()> {
     let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
     let address = node::address(args.advertise_address)?;
     let name = node::name(None)?;
-    crate::runtime()?.block_on(async {
+    run::block_on(async {
         let shutdown = run::shutdown_on_signal()?;
-        let mut held = instance::hold(&paths, Record {
-            role: "control-plane".to_owned(),
-            api_server: Some(format!("https://{}", SocketAddr::new(address, args.cluster.api_port))),
-            ..Record::of_this_process(&name)
-        })?;
-        let control_plane = ControlPlane::start(&paths, &args.cluster, &name, address, &shutdown).await?;
+        let mut held = instance::hold(
+            &paths,
+            Record {
+                role: "control-plane".to_owned(),
+                api_server: Some(format!(
+                    "https://{}",
+                    SocketAddr::new(address, args.cluster.api_port)
+                )),
+                ..Record::of_this_process(&name)
+            },
+        )?;
+        let control_plane = ControlPlane::start(&paths, &args.cluster, &name, address, &shutdown);
+        let Some(control_plane) = run::unless_stopped(control_plane, &shutdown).await? else {
+            return Ok(());
+        };
         held.ready()?;
         notify::notify("READY=1");
         tracing::info!(url = control_plane.url, kubeconfig = %paths.admin_kubeconfig.display(), "the control plane is ready");
-        let alive = run::alive(control_plane.server.client(UserInfo::user("system:apiserver", &["system:masters"])));
+        let alive = run::alive(
+            control_plane.server.client(UserInfo::user("system:apiserver", &["system:masters"])),
+        );
         notify::watchdog(alive, shutdown.clone()).await;
         shutdown.cancelled().await;
-        control_plane.stopped().await;
+        run::ended(control_plane.stopped()).await;
         Ok(())
     })
 }

@@ -13,10 +13,10 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client,
-    api::{ListParams, Patch, PatchParams},
+    api::{ListParams, PostParams},
     runtime::{WatchStreamExt, watcher},
 };
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::TcpStream;
 
 /// The image's name: that of the example manifests.
@@ -28,14 +28,32 @@ const DEADLINE: Duration = Duration::from_secs(120);
 /// The longest answer of a pod that is shown.
 const ANSWER_BYTES: usize = 1024;
 
-/// Applies the example, waits until it runs, and prints what there is.
+/// Makes the example unless it is there, waits until it runs, and prints what there is. An example
+/// that was there before is the user's: what was changed in it stays, and is no error.
 ///
 /// # Errors
-/// When the API refuses it, or it does not run in time.
+/// When the API refuses it, or a new one does not run in time.
 pub(crate) async fn show(client: &Client, node_ip: IpAddr, kubeconfig: &str) -> anyhow::Result<()> {
-    let deployment: Deployment = apply(client, DEPLOYMENT).await?;
-    let service: Service = apply(client, SERVICE).await?;
-    tokio::time::timeout(DEADLINE, wait_available(client, &deployment)).await.with_context(
+    let (deployment, new_deployment) = make::<Deployment>(client, DEPLOYMENT).await?;
+    let (service, new_service) = make::<Service>(client, SERVICE).await?;
+    let shown = show_running(client, &deployment, service, node_ip, kubeconfig).await;
+    match shown {
+        Err(error) if !new_deployment && !new_service => {
+            println!("the example is not as it was made: {error:#}");
+            Ok(())
+        }
+        shown => shown,
+    }
+}
+
+async fn show_running(
+    client: &Client,
+    deployment: &Deployment,
+    service: Service,
+    node_ip: IpAddr,
+    kubeconfig: &str,
+) -> anyhow::Result<()> {
+    tokio::time::timeout(DEADLINE, wait_available(client, deployment)).await.with_context(
         || format!("the example did not run within {DEADLINE:?}: see `kubectl describe pods`"),
     )??;
 
@@ -51,9 +69,11 @@ pub(crate) async fn show(client: &Client, node_ip: IpAddr, kubeconfig: &str) -> 
     Ok(())
 }
 
-async fn apply<K>(client: &Client, manifest: &str) -> anyhow::Result<K>
+/// The object of a manifest as it is now, and whether it had to be made.
+async fn make<K>(client: &Client, manifest: &str) -> anyhow::Result<(K, bool)>
 where
     K: kube::Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+        + Serialize
         + DeserializeOwned
         + Clone
         + std::fmt::Debug,
@@ -61,12 +81,19 @@ where
     let object =
         keelson_api::yaml::document(manifest.as_bytes(), keelson_api::yaml::Limits::default())
             .context("example manifest")?;
-    let name = object["metadata"]["name"].as_str().context("example manifest: no name")?.to_owned();
-    let parameters = PatchParams::apply("keelson-demo").force();
-    Api::<K>::namespaced(client.clone(), "default")
-        .patch(&name, &parameters, &Patch::Apply(&object))
-        .await
-        .with_context(|| format!("apply the example {} {name}", K::kind(&())))
+    let object: K = serde_json::from_value(object).context("example manifest")?;
+    let name = object.meta().name.clone().context("example manifest: no name")?;
+    let api = Api::<K>::namespaced(client.clone(), "default");
+    let parameters =
+        PostParams { field_manager: Some("keelson-demo".to_owned()), ..PostParams::default() };
+    let context = || format!("make the example {} {name}", K::kind(&()));
+    match api.create(&parameters, &object).await {
+        Ok(made) => Ok((made, true)),
+        Err(kube::Error::Api(status)) if status.code == 409 => {
+            Ok((api.get(&name).await.with_context(context)?, false))
+        }
+        Err(error) => Err(error).with_context(context),
+    }
 }
 
 async fn wait_available(client: &Client, deployment: &Deployment) -> anyhow::Result<()> {
@@ -199,21 +226,4 @@ fn screen(
          curl {url}\n\n"
     );
     text
-}
-
-/// Tells in words when the API server is there and its node is ready.
-///
-/// # Errors
-/// When the watch fails for good.
-pub(crate) async fn wait_node_ready(client: &Client, name: &str) -> anyhow::Result<()> {
-    let api: Api<Node> = Api::all(client.clone());
-    let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
-    let mut changes = std::pin::pin!(watcher(api, config).default_backoff().applied_objects());
-    while let Some(node) = changes.try_next().await.with_context(|| format!("watch node {name}"))? {
-        let conditions = node.status.and_then(|s| s.conditions).unwrap_or_default();
-        if conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True") {
-            return Ok(());
-        }
-    }
-    bail!("the watch of node {name} ended")
 }

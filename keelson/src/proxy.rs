@@ -236,12 +236,12 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
             .context("--kubeconfig, or clientConnection.kubeconfig in --config, is needed")?;
         let config = config(&settings, &name, Vec::new(), None)?;
         protect(settings.oom_score_adj.unwrap_or(OOM_SCORE_ADJ));
-        let healthz = config.healthz_bind_address.map_or(0, |address| address.port());
+        let healthz = config.healthz_bind_address;
         let shutdown = run::shutdown_on_signal()?;
         let client = run::client(path).await?;
         let proxy = tokio::spawn(keelson_proxy::run(config, client, shutdown.clone()));
         notify::notify("READY=1");
-        let watchdog = notify::watchdog(run::healthy(healthz), shutdown);
+        let watchdog = notify::watchdog(run::healthy(healthz, "/livez"), shutdown);
         let (ended, ()) = tokio::join!(proxy, watchdog);
         ended.context("the proxy")?.context("the proxy")
     })

@@ -8,7 +8,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use anyhow::Context;
 use keelson_control_plane::auth::UserInfo;
 use kube::Client;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::{self, Node, NodeOptions},
@@ -19,7 +19,8 @@ use crate::{
     instance::{self, Held, Record},
     node, notify,
     paths::Paths,
-    proxy, run,
+    proxy,
+    run::{self, MainTasks},
 };
 
 /// How long the node may take to get ready before the user is told that it is slow.
@@ -42,7 +43,7 @@ pub(crate) fn run(args: &UpArgs) -> anyhow::Result<()> {
     }
     let proxy_config =
         proxy::config(&proxy_settings, &name, vec![address], Some(args.cluster.cluster_cidr))?;
-    crate::runtime()?.block_on(async {
+    run::block_on(async {
         let shutdown = run::shutdown_on_signal()?;
         let held = instance::hold(
             &paths,
@@ -81,21 +82,16 @@ impl Started<'_> {
         if args.demo {
             println!("starting the control plane …");
         }
-        let control_plane =
-            ControlPlane::start(paths, &args.cluster, name, address, &shutdown).await?;
+        let control_plane = ControlPlane::start(paths, &args.cluster, name, address, &shutdown);
+        let Some(control_plane) = run::unless_stopped(control_plane, &shutdown).await? else {
+            return Ok(());
+        };
         let server = Arc::clone(&control_plane.server);
-        let tasks = TaskTracker::new();
+        let tasks = MainTasks::new(shutdown.clone());
         let proxy_client =
             server.client(UserInfo::user("system:kube-proxy", &["system:node-proxier"]));
-        let (stop, proxy_shutdown) = (shutdown.clone(), shutdown.clone());
-        let proxy = tasks.spawn(async move {
-            let result = keelson_proxy::run(proxy_config, proxy_client, proxy_shutdown).await;
-            if let Err(error) = &result {
-                tracing::error!(%error, "the service proxy ended");
-                stop.cancel();
-            }
-            result
-        });
+        let proxy = keelson_proxy::run(proxy_config, proxy_client, shutdown.clone());
+        tasks.spawn("service proxy", async move { Ok(proxy.await?) });
         let options = NodeOptions {
             tls: control_plane.pki.kubelet_server_config()?,
             cluster_dns: vec![control_plane.dns_address],
@@ -108,30 +104,31 @@ impl Started<'_> {
             settings,
             client: Some(server.client(UserInfo::node(name))),
         };
-        let node = Node::start(paths, options, &shutdown).await?;
-        let admin = server.client(UserInfo::user("kubernetes-admin", &["system:masters"]));
-        let ready = self::ready(&admin, args, paths, name, address, &node, &mut held);
-        tokio::select! {
-            result = ready => result?,
-            () = shutdown.cancelled() => {}
+        let node = Node::start(paths, options, &shutdown);
+        let node = run::unless_stopped(node, &shutdown).await?;
+        if let Some(node) = &node {
+            let admin = server.client(UserInfo::user("kubernetes-admin", &["system:masters"]));
+            let ready = self::ready(&admin, args, paths, name, address, node, &mut held);
+            tokio::select! {
+                result = ready => result?,
+                () = shutdown.cancelled() => {}
+            }
+            let api =
+                run::alive(server.client(UserInfo::user("system:apiserver", &["system:masters"])));
+            let alive = async || node.is_alive() && api().await;
+            notify::watchdog(alive, shutdown.clone()).await;
         }
-        let alive =
-            run::alive(server.client(UserInfo::user("system:apiserver", &["system:masters"])));
-        notify::watchdog(alive, shutdown.clone()).await;
         shutdown.cancelled().await;
-        let ended = async {
-            node.stopped().await;
-            tasks.close();
-            tasks.wait().await;
+        run::ended(async {
+            if let Some(node) = &node {
+                node.stopped().await;
+            }
+            tasks.stopped().await;
             control_plane.stopped().await;
-        };
-        if tokio::time::timeout(run::SHUTDOWN, ended).await.is_err() {
-            tracing::warn!("not everything ended within {:?}", run::SHUTDOWN);
-        }
-        match proxy.await {
-            Ok(result) => result.context("service proxy"),
-            Err(error) => Err(error).context("service proxy"),
-        }
+        })
+        .await;
+        tasks.result()?;
+        node.map_or(Ok(()), |node| node.result())
     }
 }
 
@@ -145,14 +142,14 @@ async fn ready(
     node: &Node,
     held: &mut Held,
 ) -> anyhow::Result<()> {
-    let node_ready = demo::wait_node_ready(admin, name);
+    let node_ready = node.ready();
     let slow = async {
         tokio::time::sleep(SLOW).await;
         tracing::warn!(node = name, "not ready after {SLOW:?}; see `kubectl describe node {name}`");
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        result = node_ready => result?,
+        () = node_ready => {}
         () = slow => {}
     }
     held.ready()?;

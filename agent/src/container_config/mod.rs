@@ -121,6 +121,7 @@ fn annotations(
     let mut all = BTreeMap::new();
     let mut put = |key: &str, value: String| all.insert(key.to_owned(), value);
     put(labels::HASH, labels::container_hash(container));
+    put(labels::IMAGE, container.image.clone().unwrap_or_default());
     put(labels::RESTART_COUNT, attempt.to_string());
     put(
         labels::TERMINATION_MESSAGE_PATH,

@@ -4,7 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, NodeStatus, ObjectReference};
-use keelson_api::{backoff::Backoff, events::EventType};
+use keelson_api::{backoff::Backoff, client_error, events::EventType};
+use keelson_runtime_shim::runtime::RuntimeStatus;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},
@@ -17,6 +18,12 @@ use crate::{admission::NodeView, worker::Context};
 /// How soon a node that is not ready is looked at again: what is missing at the start (a range of
 /// addresses for pods) comes within moments, and pods wait for it.
 const UNREADY_LOOK: Duration = Duration::from_millis(200);
+
+/// How long a node whose range is known waits for its network after a restart, so that it is not
+/// reported as unready, and pods are not sent away, for nothing.
+const NETWORK_WAIT: Duration = Duration::from_secs(5);
+/// Between two looks at the network meanwhile.
+const NETWORK_LOOK: Duration = Duration::from_millis(20);
 
 struct Keeper {
     nodes: Api<Node>,
@@ -51,7 +58,8 @@ impl Keeper {
                     if ready { config.status_update_frequency } else { UNREADY_LOOK }
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "node not registered or its status not written");
+                    let error = client_error::shown(&error);
+                    tracing::warn!(error, "node not registered or its status not written");
                     backoff.next_wait()
                 }
             };
@@ -74,7 +82,12 @@ impl Keeper {
                 return Ok(true);
             }
         };
-        let runtime = self.context.runtime.status().await;
+        let name = &config.node_name;
+        let known = self.nodes.get_opt(name).await?;
+        if let Some(node) = &known {
+            self.tell(node);
+        }
+        let runtime = self.runtime_status(reported.is_none()).await;
         let images = self.context.runtime.list_images().await.unwrap_or_else(|error| {
             tracing::warn!(%error, "images not listed");
             Vec::new()
@@ -91,8 +104,7 @@ impl Keeper {
             allocatable: &self.info.allocatable,
             now,
         };
-        let name = &config.node_name;
-        let node = match self.nodes.get_opt(name).await? {
+        let node = match known {
             Some(node) => self.adopt(node).await?,
             None if config.node.register => {
                 let made = self.nodes.create(&PostParams::default(), &plan::node(&observed)).await;
@@ -129,7 +141,27 @@ impl Keeper {
             }
             *reported = Some((now, status));
         }
+        self.info.ready.send_if_modified(|known| std::mem::replace(known, ready) != ready);
         Ok(ready)
+    }
+
+    /// How the runtime is. Before the first report, a network that is just being set up is waited for.
+    async fn runtime_status(&self, first: bool) -> RuntimeStatus {
+        let runtime = &self.context.runtime;
+        let has_range = self.info.pod_cidr.borrow().is_some();
+        let ready = async {
+            loop {
+                let status = runtime.status().await;
+                if status.network.is_ok() || !first || !has_range {
+                    return status;
+                }
+                tokio::time::sleep(NETWORK_LOOK).await;
+            }
+        };
+        match tokio::time::timeout(NETWORK_WAIT, ready).await {
+            Ok(status) => status,
+            Err(_) => runtime.status().await,
+        }
     }
 
     /// Gives a Node that was there before the labels that are this node's to give.

@@ -10,7 +10,7 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference},
 };
-use keelson_api::backoff::Backoff;
+use keelson_api::{backoff::Backoff, client_error};
 use kube::{Api, Client, api::PostParams};
 use tokio::sync::watch;
 
@@ -40,7 +40,8 @@ pub(crate) async fn run(
                 duration.mul_f64(0.25 * (1.0 + 0.04 * rand::random::<f64>()))
             }
             Err(error) => {
-                tracing::warn!(%error, "lease of the node not renewed, trying again");
+                let error = client_error::shown(&error);
+                tracing::warn!(error, "lease of the node not renewed, trying again");
                 backoff.next_wait()
             }
         };

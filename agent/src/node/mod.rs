@@ -34,6 +34,7 @@ pub(crate) struct NodeInfo {
     view: watch::Sender<Arc<NodeView>>,
     uid: watch::Sender<Option<String>>,
     pod_cidr: watch::Sender<Option<String>>,
+    ready: watch::Sender<bool>,
 }
 
 impl NodeInfo {
@@ -59,6 +60,7 @@ impl NodeInfo {
             view: watch::channel(Arc::new(view)).0,
             uid: watch::channel(None).0,
             pod_cidr: watch::channel(config.node.pod_cidr.clone()).0,
+            ready: watch::channel(false).0,
         })
     }
 
@@ -75,6 +77,11 @@ impl NodeInfo {
     /// The Node object's UID.
     pub(crate) fn uid(&self) -> watch::Receiver<Option<String>> {
         self.uid.subscribe()
+    }
+
+    /// Whether this process has reported the node as ready.
+    pub(crate) fn ready(&self) -> watch::Receiver<bool> {
+        self.ready.subscribe()
     }
 
     /// The pods' range.

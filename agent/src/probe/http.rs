@@ -82,22 +82,64 @@ fn redirect(from: &HttpTarget, answer: &Response<Incoming>) -> Option<HttpTarget
     if !matches!(answer.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
         return None;
     }
-    let location = answer.headers().get(header::LOCATION)?.to_str().ok()?;
-    let uri: hyper::Uri = location.parse().ok()?;
+    resolve(from, answer.headers().get(header::LOCATION)?.to_str().ok()?)
+}
+
+/// Where a `Location` leads from `from` (RFC 3986, 5.2): it may be a whole URL, one without its
+/// scheme, a path from the root or from here, or a query alone.
+fn resolve(from: &HttpTarget, location: &str) -> Option<HttpTarget> {
     let mut next = from.clone();
-    if let Some(host) = uri.host() {
-        next.host = host.trim_matches(['[', ']']).to_owned();
+    let location = location.split('#').next().unwrap_or_default();
+    let whole = if location.starts_with("//") {
+        Some(format!("{}:{location}", if from.tls { "https" } else { "http" }))
+    } else {
+        let scheme = location.split_once("://").map(|(scheme, _)| scheme);
+        let plain = |scheme: &str| scheme.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        scheme.filter(|scheme| plain(scheme)).map(|_| location.to_owned())
+    };
+    if let Some(whole) = whole {
+        let uri: hyper::Uri = whole.parse().ok()?;
+        next.host = uri.host()?.trim_matches(['[', ']']).to_owned();
         next.tls = uri.scheme_str() == Some("https");
         next.port = uri.port_u16().unwrap_or(if next.tls { 443 } else { 80 });
+        next.path = uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
+        return Some(next);
     }
-    let path = uri.path_and_query().map_or("/", |path| path.as_str());
-    next.path = if path.starts_with('/') {
-        path.to_owned()
-    } else {
-        let folder = from.path.rsplit_once('/').map_or("", |(folder, _)| folder);
-        format!("{folder}/{path}")
+    let here = from.path.split('?').next().unwrap_or_default();
+    next.path = match location {
+        "" => from.path.clone(),
+        query if query.starts_with('?') => format!("{here}{query}"),
+        path => {
+            let folder = here.rsplit_once('/').map_or("", |(folder, _)| folder);
+            let joined =
+                if path.starts_with('/') { path.to_owned() } else { format!("{folder}/{path}") };
+            without_dots(&joined)
+        }
     };
     Some(next)
+}
+
+/// A path with its `.` and `..` followed; its query is left alone.
+fn without_dots(path: &str) -> String {
+    let (path, query) = path.split_once('?').map_or((path, None), |(path, q)| (path, Some(q)));
+    let mut parts: Vec<&str> = Vec::new();
+    let mut all = path.split('/').skip(1).peekable();
+    while let Some(part) = all.next() {
+        let last = all.peek().is_none();
+        match part {
+            "." | ".." => {
+                if part == ".." {
+                    parts.pop();
+                }
+                if last {
+                    parts.push("");
+                }
+            }
+            part => parts.push(part),
+        }
+    }
+    let path = format!("/{}", parts.join("/"));
+    query.map_or(path.clone(), |query| format!("{path}?{query}"))
 }
 
 async fn request(target: &HttpTarget, agent: &str) -> Result<Response<Incoming>, String> {
@@ -209,5 +251,35 @@ impl ServerCertVerifier for AnyCertificate {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redirects_lead_where_clients_go() {
+        let from = HttpTarget {
+            tls: false,
+            host: "10.0.0.5".to_owned(),
+            port: 8080,
+            path: "/a/b?x=1".to_owned(),
+            headers: Vec::new(),
+        };
+        let rows = [
+            ("login", "http://10.0.0.5:8080/a/login"),
+            ("/login?y=/z", "http://10.0.0.5:8080/login?y=/z"),
+            ("../up/./it", "http://10.0.0.5:8080/up/it"),
+            ("./", "http://10.0.0.5:8080/a/"),
+            ("?y=2", "http://10.0.0.5:8080/a/b?y=2"),
+            ("login?to=http://other/", "http://10.0.0.5:8080/a/login?to=http://other/"),
+            ("https://10.0.0.5/x#part", "https://10.0.0.5:443/x"),
+            ("//10.0.0.6:81/x", "http://10.0.0.6:81/x"),
+        ];
+        for (location, url) in rows {
+            let next = resolve(&from, location).map(|next| next.url());
+            assert_eq!(next.as_deref(), Some(url), "{location}");
+        }
     }
 }

@@ -92,6 +92,16 @@ pub(crate) enum Outcome {
     Failure(String),
 }
 
+/// Whether a verdict is the last one: a container has started once, and one that is to be restarted
+/// is stopped without being asked any more.
+fn is_over(kind: Kind, verdict: Verdict) -> bool {
+    match kind {
+        Kind::Startup => verdict != Verdict::Unknown,
+        Kind::Liveness => verdict == Verdict::Failure,
+        Kind::Readiness => false,
+    }
+}
+
 /// What a probe's task needs.
 pub(crate) struct Prober {
     /// The agent's parts.
@@ -117,7 +127,7 @@ pub(crate) struct Prober {
 }
 
 impl Prober {
-    /// Tries until the task is dropped, or until a startup probe succeeded.
+    /// Tries until the task is dropped, or until there is nothing left to find out.
     pub(crate) async fn run(self) {
         let timing = Timing::of(&self.probe);
         let mut machine = Machine::new(self.kind, timing, self.seed);
@@ -144,7 +154,7 @@ impl Prober {
             if verdict != before && self.tell(verdict).await.is_err() {
                 return;
             }
-            if self.kind == Kind::Startup && verdict != Verdict::Unknown {
+            if is_over(self.kind, verdict) {
                 return;
             }
         }
@@ -244,5 +254,19 @@ impl Prober {
             result,
             took,
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_that_is_to_be_restarted_is_probed_no_more() {
+        assert!(is_over(Kind::Liveness, Verdict::Failure));
+        assert!(is_over(Kind::Startup, Verdict::Failure));
+        assert!(is_over(Kind::Startup, Verdict::Success));
+        assert!(!is_over(Kind::Liveness, Verdict::Success));
+        assert!(!is_over(Kind::Readiness, Verdict::Failure), "it may come back");
     }
 }

@@ -17,6 +17,7 @@ use k8s_openapi::api::{
     authentication::v1::{TokenReview, TokenReviewSpec},
     authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec},
 };
+use keelson_api::client_error;
 use kube::{Api, Client, api::PostParams};
 use sha2::{Digest, Sha256};
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -76,49 +77,55 @@ impl Access {
         Self { config, client, tokens: Kept::default(), decisions: Kept::default() }
     }
 
-    /// Lets a request pass or not.
+    /// Lets a request pass or not: one of the subresources must be allowed.
     pub(super) async fn check(
         &self,
         certificate: Option<&[u8]>,
         headers: &HeaderMap,
         method: &Method,
-        subresource: &'static str,
+        subresources: &[&'static str],
     ) -> Result<(), Denied> {
         let user = self.authenticate(certificate, headers).await?;
         if !self.config.access_review {
             return Ok(());
         }
         let verb = verb(method);
-        let key = (user, verb.to_owned(), subresource);
+        for subresource in subresources {
+            if self.may(&user, verb, subresource).await? {
+                return Ok(());
+            }
+        }
+        // The kubelet's words.
+        Err(Denied::Forbidden(format!(
+            "Forbidden (user={}, verb={verb}, resource=nodes, subresource(s)=[{}])",
+            user.name,
+            subresources.join(" ")
+        )))
+    }
+
+    async fn may(
+        &self,
+        user: &User,
+        verb: &str,
+        subresource: &'static str,
+    ) -> Result<bool, Denied> {
+        let key = (user.clone(), verb.to_owned(), subresource);
         if let Some(allowed) = self.decisions.get(&key) {
-            return self.decided(allowed, &key);
+            return Ok(allowed);
         }
         let client = self.client.as_ref().ok_or_else(|| {
             Denied::Forbidden("there is no API server to ask what a user may".to_owned())
         })?;
-        let review = access_review(&key.0, verb, subresource, &self.config.node_name);
+        let review = access_review(user, verb, subresource, &self.config.node_name);
         let answer = Api::<SubjectAccessReview>::all(client.clone())
             .create(&PostParams::default(), &review)
             .await
-            .map_err(|error| Denied::Unknown(format!("access review: {error}")))?;
+            .map_err(|error| {
+                Denied::Unknown(format!("access review: {}", client_error::shown(&error)))
+            })?;
         let allowed = answer.status.is_some_and(|status| status.allowed);
-        self.decisions.put(key.clone(), allowed, if allowed { ALLOWED_TTL } else { DENIED_TTL });
-        self.decided(allowed, &key)
-    }
-
-    fn decided(
-        &self,
-        allowed: bool,
-        (user, verb, subresource): &(User, String, &'static str),
-    ) -> Result<(), Denied> {
-        if allowed {
-            return Ok(());
-        }
-        // The kubelet's words.
-        Err(Denied::Forbidden(format!(
-            "Forbidden (user={}, verb={verb}, resource=nodes, subresource(s)=[{subresource}])",
-            user.name
-        )))
+        self.decisions.put(key, allowed, if allowed { ALLOWED_TTL } else { DENIED_TTL });
+        Ok(allowed)
     }
 
     async fn authenticate(
@@ -160,7 +167,9 @@ impl Access {
         let answer = Api::<TokenReview>::all(client.clone())
             .create(&PostParams::default(), &review)
             .await
-            .map_err(|error| Denied::Unknown(format!("token review: {error}")))?;
+            .map_err(|error| {
+                Denied::Unknown(format!("token review: {}", client_error::shown(&error)))
+            })?;
         let user = answer
             .status
             .filter(|status| status.authenticated == Some(true))
@@ -260,7 +269,7 @@ mod tests {
     #[tokio::test]
     async fn without_credentials_nobody_gets_in_unless_told_so() {
         let check = async |access: Access| {
-            access.check(None, &HeaderMap::new(), &Method::GET, "pods").await
+            access.check(None, &HeaderMap::new(), &Method::GET, &["pods"]).await
         };
         assert_eq!(check(access(false, false)).await, Err(Denied::Unauthorized));
         assert_eq!(check(access(true, false)).await, Ok(()));

@@ -18,11 +18,9 @@ mod streaming;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use keelson_runtime_shim::{
     PodRuntime,
@@ -32,7 +30,7 @@ use kube::Client;
 use prometheus::Registry;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::Semaphore,
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -40,12 +38,12 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use self::access::AccessConfig;
 use self::{
     access::{Access, Denied},
-    answer::{Answer, json, metrics, refused, streamed, text},
-    logs::{LogFile, LogOptions},
+    answer::{Answer, json, metrics, refused, text},
     path::{PodPath, Target, is_set},
 };
 use crate::{
     pods::{PodDirectory, RuntimePod},
+    pulse::Pulse,
     stats::Statistics,
 };
 
@@ -87,6 +85,8 @@ pub struct ServerSources {
     pub statistics: Arc<Statistics>,
     /// The API server, for token and access reviews.
     pub client: Option<Client>,
+    /// Whether the agent's loop turns, for `/healthz`.
+    pub pulse: Arc<Pulse>,
 }
 
 /// The server can't be started.
@@ -229,14 +229,16 @@ async fn serve_healthz(listener: TcpListener, shared: Arc<Shared>) {
     let places = Arc::new(Semaphore::new(16));
     let connections = TaskTracker::new();
     while let Some((stream, place)) = next(&listener, &places, &shared.shutdown).await {
+        let shared = Arc::clone(&shared);
         let shutdown = shared.shutdown.clone();
         connections.spawn(async move {
             let _place = place;
-            let service = service_fn(|request: Request<Incoming>| async move {
-                Ok::<_, Infallible>(match Target::parse(request.uri().path()) {
-                    Some(Target::Health) => text(StatusCode::OK, "ok"),
+            let service = service_fn(|request: Request<Incoming>| {
+                let answer = match Target::parse(request.uri().path()) {
+                    Some(Target::Health) => health(&shared.sources.pulse),
                     _ => refused(StatusCode::NOT_FOUND, "404 page not found"),
-                })
+                };
+                async move { Ok::<_, Infallible>(answer) }
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -252,6 +254,16 @@ async fn serve_healthz(listener: TcpListener, shared: Arc<Shared>) {
     connections.wait().await;
 }
 
+/// The kubelet's answer, and its words when its loop no longer turns.
+fn health(pulse: &Pulse) -> Answer {
+    if pulse.is_alive() {
+        text(StatusCode::OK, "ok")
+    } else {
+        let why = "sync Loop took longer than expected";
+        refused(StatusCode::INTERNAL_SERVER_ERROR, why)
+    }
+}
+
 async fn answer(
     shared: Arc<Shared>,
     certificate: Option<Arc<[u8]>>,
@@ -260,10 +272,10 @@ async fn answer(
     let Some(target) = Target::parse(request.uri().path()) else {
         return refused(StatusCode::NOT_FOUND, "404 page not found");
     };
-    let subresource = target.subresource();
+    let subresources = target.subresources();
     let checked = shared
         .access
-        .check(certificate.as_deref(), request.headers(), request.method(), subresource)
+        .check(certificate.as_deref(), request.headers(), request.method(), subresources)
         .await;
     match checked {
         Ok(()) => {}
@@ -271,7 +283,7 @@ async fn answer(
         Err(Denied::Forbidden(why)) => return refused(StatusCode::FORBIDDEN, &why),
         Err(Denied::Unknown(why)) => return refused(StatusCode::INTERNAL_SERVER_ERROR, &why),
     }
-    if subresource == "proxy" && !shared.config.debugging_handlers {
+    if subresources == ["proxy"] && !shared.config.debugging_handlers {
         let why = "Debug endpoints are disabled (enableDebuggingHandlers)";
         return refused(StatusCode::METHOD_NOT_ALLOWED, why);
     }
@@ -288,7 +300,7 @@ async fn route(shared: &Shared, target: Target, request: Request<Incoming>) -> A
     let query = path::query(request.uri().query());
     let sources = &shared.sources;
     match target {
-        Target::Health => text(StatusCode::OK, "ok"),
+        Target::Health => health(&sources.pulse),
         Target::Config => json(&serde_json::json!({"kubeletconfig": shared.config.config})),
         Target::Pods => pod_list(sources.pods.pods().iter().map(AsRef::as_ref)),
         Target::RunningPods => {
@@ -312,7 +324,7 @@ async fn route(shared: &Shared, target: Target, request: Request<Incoming>) -> A
                 Err(error) => refused(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
             }
         }
-        Target::Logs(pod, container) => container_logs(shared, &pod, &container, &query),
+        Target::Logs(pod, container) => logs::container_logs(shared, &pod, &container, &query),
         Target::Exec(pod, container) => {
             let command: Vec<String> = query
                 .iter()
@@ -415,77 +427,6 @@ fn has_container(pod: &Pod, name: &str) -> bool {
         let ephemeral = spec.ephemeral_containers.iter().flatten().map(|c| &c.name);
         spec.containers.iter().map(|c| &c.name).chain(init).chain(ephemeral).any(|n| n == name)
     })
-}
-
-fn container_logs(
-    shared: &Shared,
-    path: &PodPath,
-    container: &str,
-    query: &[(String, String)],
-) -> Answer {
-    let options = match LogOptions::parse(query, Timestamp::now()) {
-        Ok(options) => options,
-        Err(why) => return refused(StatusCode::UNPROCESSABLE_ENTITY, &why),
-    };
-    let (pod, runtime_pod) = match find(shared, path) {
-        Ok(found) => found,
-        Err(answer) => return *answer,
-    };
-    let full_name = format!("{}_{}", path.name, path.namespace);
-    if !has_container(&pod, container) {
-        let why = format!("container \"{container}\" not found in pod \"{full_name}\"");
-        return refused(StatusCode::NOT_FOUND, &why);
-    }
-    let attempts = attempts(&runtime_pod, container);
-    let wanted = if options.previous {
-        attempts.get(1).ok_or("previous terminated")
-    } else {
-        attempts.iter().find(|a| a.started_at.is_some()).or(attempts.first()).ok_or("")
-    };
-    let attempt = match wanted {
-        Ok(attempt) => *attempt,
-        // The kubelet's words.
-        Err("") => {
-            let why = format!(
-                "container \"{container}\" in pod \"{}\" is waiting to start: {}",
-                path.name,
-                waiting_reason(&pod, container)
-            );
-            return refused(StatusCode::BAD_REQUEST, &why);
-        }
-        Err(what) => {
-            let why =
-                format!("{what} container \"{container}\" in pod \"{}\" not found", path.name);
-            return refused(StatusCode::BAD_REQUEST, &why);
-        }
-    };
-    let file = LogFile { path: attempt.log_path.clone() };
-    let (sender, receiver) = mpsc::channel::<Bytes>(8);
-    let runtime = (Arc::clone(&shared.sources.runtime), attempt.id.clone());
-    let shutdown = shared.shutdown.clone();
-    shared.streams.spawn(async move {
-        let shown = file.path.display().to_string();
-        tokio::select! {
-            result = logs::follow(file, options, runtime, sender.clone()) => {
-                if let Err(error) = result {
-                    let said = Bytes::from(format!("failed to read log {shown}: {error}\n"));
-                    let _ = sender.send(said).await;
-                }
-            }
-            () = shutdown.cancelled() => {}
-        }
-    });
-    streamed(Box::pin(tokio_stream::wrappers::ReceiverStream::new(receiver)))
-}
-
-fn waiting_reason(pod: &Pod, container: &str) -> String {
-    let status = pod.status.as_ref();
-    let all = status.into_iter().flat_map(|s| {
-        s.container_statuses.iter().flatten().chain(s.init_container_statuses.iter().flatten())
-    });
-    all.filter(|status| status.name == container)
-        .find_map(|status| status.state.as_ref()?.waiting.as_ref()?.reason.clone())
-        .unwrap_or_else(|| "ContainerCreating".to_owned())
 }
 
 fn remote(

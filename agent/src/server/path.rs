@@ -90,18 +90,21 @@ impl Target {
         })
     }
 
-    /// The subresource of `nodes` that an authorizer is asked about (Kubernetes' page "Kubelet
-    /// authentication/authorization").
-    pub(super) fn subresource(&self) -> &'static str {
+    /// The subresources of `nodes` that an authorizer is asked about, one after the other until one
+    /// is allowed (Kubernetes' page "Kubelet authentication/authorization": fine-grained ones come
+    /// before `proxy`).
+    pub(super) fn subresources(&self) -> &'static [&'static str] {
         match self {
             Self::Metrics | Self::ResourceMetrics | Self::ProbeMetrics | Self::ContainerMetrics => {
-                "metrics"
+                &["metrics"]
             }
-            Self::Summary => "stats",
-            Self::Health => "healthz",
-            Self::Pods | Self::RunningPods => "pods",
-            Self::Config => "configz",
-            Self::Logs(..) | Self::Exec(..) | Self::Attach(..) | Self::PortForward(..) => "proxy",
+            Self::Summary => &["stats"],
+            Self::Health => &["healthz", "proxy"],
+            Self::Pods | Self::RunningPods => &["pods", "proxy"],
+            Self::Config => &["configz", "proxy"],
+            Self::Logs(..) | Self::Exec(..) | Self::Attach(..) | Self::PortForward(..) => {
+                &["proxy"]
+            }
         }
     }
 }
@@ -185,6 +188,15 @@ mod tests {
             }
             assert_eq!(Target::parse(path), target, "{path}");
         }
+    }
+
+    #[test]
+    fn who_may_all_of_a_node_may_each_part() {
+        for path in ["/pods", "/runningpods/", "/healthz", "/configz", "/exec/ns/p/c"] {
+            let subresources = Target::parse(path).unwrap().subresources();
+            assert_eq!(subresources.last(), Some(&"proxy"), "{path}");
+        }
+        assert_eq!(Target::Metrics.subresources(), ["metrics"]);
     }
 
     #[test]

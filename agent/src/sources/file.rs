@@ -16,7 +16,7 @@ use keelson_api::events::{EventRecorder, EventType};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{Change, folder_watch::FolderWatch, static_pod};
+use super::{Change, folder_watch::FolderWatch, kept::Kept, static_pod};
 
 /// The most files that a folder of manifests may hold.
 const MAX_FILES: usize = 1_000;
@@ -28,6 +28,8 @@ const SETTLE: Duration = Duration::from_millis(20);
 pub(crate) struct FileSource {
     /// The folder, or one manifest.
     pub(crate) path: PathBuf,
+    /// Where the last good text of each manifest is kept over restarts.
+    pub(crate) kept: Option<PathBuf>,
     /// The node's name.
     pub(crate) node: String,
     /// The largest file, in bytes.
@@ -50,16 +52,26 @@ struct Reading {
     refused: BTreeMap<PathBuf, String>,
 }
 
-/// What a file held when it was last good.
+/// Namespace and name.
+type PodName = (Option<String>, Option<String>);
+
+/// What was known after the last reading.
 #[derive(Debug, Default)]
 struct Known {
+    /// What each file held when it was last good.
     pods: BTreeMap<PathBuf, Vec<Pod>>,
+    /// Which file each pod is from: the one that came first keeps it.
+    owners: BTreeMap<PodName, PathBuf>,
+    kept: Kept,
+    /// Something was read by this process.
+    begun: bool,
 }
 
 impl FileSource {
     /// Reads the folder whenever it changes, until the end.
     pub(crate) async fn run(self) {
-        let mut known = Known::default();
+        let kept = || Known { kept: Kept::new(self.kept.clone()), ..Known::default() };
+        let mut known = kept();
         let mut told: Option<Vec<Option<String>>> = None;
         let mut complaints: BTreeMap<PathBuf, String> = BTreeMap::new();
         let mut watch = None;
@@ -79,7 +91,7 @@ impl FileSource {
                 }
                 Err(error) => {
                     tracing::error!(%error, "folder of static pods not read");
-                    known = Known::default();
+                    known = kept();
                     Err(io::Error::other(error))
                 }
             };
@@ -160,46 +172,104 @@ impl FileSource {
 fn read_all(path: &Path, node: &str, max_bytes: u64, known: &mut Known) -> io::Result<Reading> {
     let mut reading = Reading::default();
     let now = Timestamp::now();
+    let limit = usize::try_from(max_bytes).unwrap_or(usize::MAX);
+    let parse = |file: &Path, text: &[u8]| {
+        static_pod::parse(text, limit, file, node, now).map_err(|error| error.to_string())
+    };
     let files = list(path, &mut reading.refused)?;
-    let mut seen = BTreeMap::new();
-    for file in files {
-        let read = read_file(&file, max_bytes).and_then(|text| {
-            let limit = usize::try_from(max_bytes).unwrap_or(usize::MAX);
-            static_pod::parse(&text, limit, &file, node, now).map_err(|error| error.to_string())
-        });
-        match read {
-            Ok(pods) => {
-                seen.insert(file, pods);
+    if !known.begun {
+        // a restart: what was good before is known from the copies
+        known.begun = true;
+        for file in &files {
+            let Some(pods) = known.kept.read(file).and_then(|text| parse(file, &text).ok()) else {
+                continue;
+            };
+            for pod in &pods {
+                known.owners.entry(name_of(pod)).or_insert_with(|| file.clone());
+            }
+            known.pods.insert(file.clone(), pods);
+        }
+    }
+    let mut read = BTreeMap::new();
+    for file in &files {
+        let good =
+            read_file(file, max_bytes).and_then(|text| parse(file, &text).map(|pods| (text, pods)));
+        read.insert(file, good);
+    }
+    // a pod that two files hold stays with the one that had it before
+    let holds = |file: &PathBuf, name: &PodName| match read.get(file) {
+        Some(Ok((_, pods))) => pods.iter().any(|pod| name_of(pod) == *name),
+        Some(Err(_)) => {
+            known.pods.get(file).is_some_and(|pods| pods.iter().any(|pod| name_of(pod) == *name))
+        }
+        None => false,
+    };
+    let mut owners: BTreeMap<PodName, PathBuf> = known
+        .owners
+        .iter()
+        .filter(|(name, file)| holds(file, name))
+        .map(|(name, file)| (name.clone(), file.clone()))
+        .collect();
+    let mut good: BTreeMap<PathBuf, Vec<Pod>> = BTreeMap::new();
+    for (file, result) in &read {
+        let checked = match result {
+            Ok((text, pods)) => claim(file, pods, &mut owners).map(|()| (text, pods)),
+            Err(message) => Err(message.clone()),
+        };
+        match checked {
+            Ok((text, pods)) => {
+                if let Err(error) = known.kept.write(file, text) {
+                    tracing::warn!(path = %file.display(), %error, "no copy of a manifest kept");
+                }
+                good.insert((*file).clone(), pods.clone());
             }
             Err(message) => {
-                reading.refused.insert(file.clone(), message);
-                if let Some(pods) = known.pods.remove(&file) {
-                    seen.insert(file, pods);
-                }
+                reading.refused.insert((*file).clone(), message);
             }
         }
     }
-    let mut names = BTreeSet::new();
-    for (file, pods) in &seen {
-        for pod in pods {
-            let name = (pod.metadata.namespace.clone(), pod.metadata.name.clone());
-            if names.insert(name) {
-                reading.pods.push(pod.clone());
-            } else {
-                reading.refused.insert(
-                    file.clone(),
-                    format!(
-                        "pod {:?} in namespace {:?} is in another manifest already: give it another \
-                         name or remove one of them",
-                        pod.metadata.name.as_deref().unwrap_or_default(),
-                        pod.metadata.namespace.as_deref().unwrap_or_default()
-                    ),
-                );
-            }
-        }
+    // what is refused keeps what it had, as far as nobody else has that now
+    for file in reading.refused.keys() {
+        let Some(pods) = known.pods.get(file) else { continue };
+        let left: Vec<Pod> = pods
+            .iter()
+            .filter(|pod| owners.entry(name_of(pod)).or_insert_with(|| file.clone()) == file)
+            .cloned()
+            .collect();
+        good.insert(file.clone(), left);
     }
-    known.pods = seen;
+    if let Err(error) = known.kept.retain(files.iter()) {
+        tracing::warn!(%error, "copies of manifests that are gone not removed");
+    }
+    reading.pods = good.values().flatten().cloned().collect();
+    known.pods = good;
+    known.owners = owners;
     Ok(reading)
+}
+
+fn name_of(pod: &Pod) -> PodName {
+    (pod.metadata.namespace.clone(), pod.metadata.name.clone())
+}
+
+/// Takes the names of a file's pods for it, all or none.
+fn claim(file: &Path, pods: &[Pod], owners: &mut BTreeMap<PodName, PathBuf>) -> Result<(), String> {
+    let mut own = BTreeSet::new();
+    for pod in pods {
+        let name = name_of(pod);
+        let taken = owners.get(&name).is_some_and(|owner| owner != file);
+        if taken || !own.insert(name) {
+            let place = if taken { "in another manifest already" } else { "in it twice" };
+            return Err(format!(
+                "pod {:?} in namespace {:?} is {place}: give it another name or remove one of them",
+                pod.metadata.name.as_deref().unwrap_or_default(),
+                pod.metadata.namespace.as_deref().unwrap_or_default()
+            ));
+        }
+    }
+    for name in own {
+        owners.insert(name, file.to_owned());
+    }
+    Ok(())
 }
 
 /// The manifests in a folder, sorted; or the path itself if it is a file. Names that begin with a
@@ -286,6 +356,7 @@ mod tests {
         let shutdown = CancellationToken::new();
         let source = FileSource {
             path: folder.path().to_owned(),
+            kept: None,
             node: "n".to_owned(),
             max_bytes: 4096,
             period: Duration::from_secs(3600),
@@ -319,6 +390,53 @@ mod tests {
         assert_eq!(next().await, [""; 0]);
         shutdown.cancel();
         task.await.unwrap();
+    }
+
+    fn read(folder: &Path, known: &mut Known) -> Reading {
+        read_all(folder, "n", 4096, known).unwrap()
+    }
+
+    fn uids(reading: &Reading) -> Vec<String> {
+        reading.pods.iter().map(|pod| pod.metadata.uid.clone().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_pod_that_was_there_first_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let mut known = Known::default();
+        fs::write(path("m.yaml"), manifest("a")).unwrap();
+        let first = uids(&read(folder.path(), &mut known));
+        // sorted before the one that runs, but later
+        fs::write(path("a.yaml"), manifest("a").replace("app:1", "app:2")).unwrap();
+        let reading = read(folder.path(), &mut known);
+        assert_eq!(uids(&reading), first);
+        assert!(reading.refused[&path("a.yaml")].contains("another manifest"));
+        fs::remove_file(path("m.yaml")).unwrap();
+        let reading = read(folder.path(), &mut known);
+        assert!(reading.refused.is_empty(), "{:?}", reading.refused);
+        assert_ne!(uids(&reading), first, "the newcomer takes over");
+    }
+
+    #[test]
+    fn a_restart_keeps_what_a_broken_or_doubled_file_had() {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let fresh = || Known { kept: Kept::new(Some(kept.path().join("k"))), ..Known::default() };
+        fs::write(path("b.yaml"), manifest("b")).unwrap();
+        fs::write(path("c.yaml"), manifest("c")).unwrap();
+        let before = uids(&read(folder.path(), &mut fresh()));
+        fs::write(path("a.yaml"), manifest("b").replace("app:1", "app:2")).unwrap();
+        fs::write(path("c.yaml"), "a: [").unwrap();
+        let reading = read(folder.path(), &mut fresh());
+        assert_eq!(uids(&reading), before);
+        assert_eq!(reading.refused.len(), 2, "{:?}", reading.refused);
+        for name in ["a.yaml", "b.yaml", "c.yaml"] {
+            fs::remove_file(path(name)).unwrap();
+        }
+        assert!(uids(&read(folder.path(), &mut fresh())).is_empty());
+        assert_eq!(fs::read_dir(kept.path().join("k")).unwrap().count(), 0);
     }
 
     #[test]

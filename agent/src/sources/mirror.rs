@@ -14,7 +14,7 @@ use k8s_openapi::{
     api::core::v1::Pod,
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
-use keelson_api::{backoff::Backoff, object::ObjectKey};
+use keelson_api::{backoff::Backoff, client_error, object::ObjectKey};
 use kube::{
     Api, Client,
     api::{DeleteParams, PostParams, Preconditions},
@@ -33,6 +33,8 @@ pub(crate) struct Mirrors {
     pub(crate) found: BTreeMap<ObjectKey, Arc<Pod>>,
     /// Whether the API's pods are known: before, nothing can be missing.
     pub(crate) listed: bool,
+    /// Whether the manifests were read: before, nothing can be too many.
+    pub(crate) static_known: bool,
     /// The Node object's UID, the owner of all mirror pods.
     pub(crate) node_uid: Option<String>,
 }
@@ -54,7 +56,7 @@ fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a String> {
 }
 
 fn plan(mirrors: &Mirrors, node: &str) -> Vec<Step> {
-    if !mirrors.listed {
+    if !mirrors.listed || !mirrors.static_known {
         return Vec::new();
     }
     let mut steps = Vec::new();
@@ -118,7 +120,7 @@ pub(crate) async fn run(
         for step in plan(&now, &node) {
             if let Err(error) = apply(&client, &step).await {
                 failed = true;
-                let message = format!("{error}");
+                let message = client_error::shown(&error);
                 if told.insert(message.clone()) {
                     tracing::warn!(message, "mirror pod not made or removed, trying again");
                 }
@@ -205,6 +207,7 @@ mod tests {
             wanted: map(wanted.cloned()),
             found: map(found),
             listed: true,
+            static_known: true,
             node_uid: Some("node-uid".to_owned()),
         }
     }
@@ -222,5 +225,7 @@ mod tests {
         assert!(matches!(&steps[..], [step] if delete(step)));
         let unknown = Mirrors { listed: false, ..mirrors(Some(&old), None) };
         assert_eq!(plan(&unknown, "n"), [], "before the API was listed nothing is missing");
+        let unread = Mirrors { static_known: false, ..mirrors(None, Some(found(&old))) };
+        assert_eq!(plan(&unread, "n"), [], "before the manifests were read nothing is too many");
     }
 }

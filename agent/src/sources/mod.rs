@@ -12,6 +12,7 @@ pub(crate) mod api;
 pub(crate) mod defaults;
 pub(crate) mod file;
 pub(crate) mod folder_watch;
+pub(crate) mod kept;
 pub(crate) mod mirror;
 pub(crate) mod static_pod;
 

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Pod, Toleration};
+use k8s_openapi::api::core::v1::{Pod, PodSpec, Toleration, VolumeProjection};
 use keelson_api::yaml::{self, Limits};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -249,19 +249,66 @@ fn check(pod: &Pod) -> Result<(), ManifestError> {
     if spec.ephemeral_containers.as_ref().is_some_and(|list| !list.is_empty()) {
         return Err(invalid("spec.ephemeralContainers", "a static pod can't have any"));
     }
-    // documented: the spec of a static pod can't refer to other API objects
-    if spec.service_account_name.as_ref().is_some_and(|name| !name.is_empty()) {
-        return Err(invalid("spec.serviceAccountName", "a static pod can't use a service account"));
+    match api_reference(spec) {
+        Some((field, kind)) => Err(invalid(field, format!("static pods may not reference {kind}"))),
+        None => Ok(()),
     }
-    for volume in spec.volumes.iter().flatten() {
-        if volume.config_map.is_some() || volume.secret.is_some() {
-            return Err(invalid(
-                format!("spec.volumes[{}]", volume.name),
-                "a static pod can't refer to a ConfigMap or Secret",
-            ));
+}
+
+/// The first reference to another object of the API: documented to be refused in static pods, which
+/// run without an API.
+fn api_reference(spec: &PodSpec) -> Option<(String, &'static str)> {
+    let found = |field: String, kind| Some((field, kind));
+    let given = |name: &Option<String>| name.as_ref().is_some_and(|name| !name.is_empty());
+    if given(&spec.service_account_name) || given(&spec.service_account) {
+        return found("spec.serviceAccountName".to_owned(), "serviceaccounts");
+    }
+    if spec.image_pull_secrets.as_ref().is_some_and(|secrets| !secrets.is_empty()) {
+        return found("spec.imagePullSecrets".to_owned(), "secrets");
+    }
+    if spec.resource_claims.as_ref().is_some_and(|claims| !claims.is_empty()) {
+        return found("spec.resourceClaims".to_owned(), "resourceclaims");
+    }
+    for container in spec.init_containers.iter().flatten().chain(&spec.containers) {
+        let env_from = container.env_from.iter().flatten().map(|source| {
+            (source.config_map_ref.is_some(), source.secret_ref.is_some(), "envFrom")
+        });
+        let env = container.env.iter().flatten().filter_map(|one| {
+            let from = one.value_from.as_ref()?;
+            Some((from.config_map_key_ref.is_some(), from.secret_key_ref.is_some(), "env"))
+        });
+        for (config_map, secret, list) in env_from.chain(env) {
+            if config_map || secret {
+                let kind = if config_map { "configmaps" } else { "secrets" };
+                return found(format!("spec.containers[{}].{list}", container.name), kind);
+            }
         }
     }
-    Ok(())
+    for volume in spec.volumes.iter().flatten() {
+        let projected = || {
+            let sources = volume.projected.iter().flat_map(|all| all.sources.iter().flatten());
+            sources.collect::<Vec<_>>()
+        };
+        let any = |has: fn(&VolumeProjection) -> bool| projected().into_iter().any(has);
+        let kind = if volume.config_map.is_some() || any(|one| one.config_map.is_some()) {
+            "configmaps"
+        } else if volume.secret.is_some()
+            || any(|one| one.secret.is_some())
+            || volume.csi.as_ref().is_some_and(|csi| csi.node_publish_secret_ref.is_some())
+        {
+            "secrets"
+        } else if any(|one| one.service_account_token.is_some()) {
+            "serviceaccounts"
+        } else if any(|one| one.cluster_trust_bundle.is_some()) {
+            "clustertrustbundles"
+        } else if volume.persistent_volume_claim.is_some() || volume.ephemeral.is_some() {
+            "persistentvolumeclaims"
+        } else {
+            continue;
+        };
+        return found(format!("spec.volumes[{}]", volume.name), kind);
+    }
+    None
 }
 
 #[cfg(test)]
@@ -311,7 +358,36 @@ mod tests {
             (&POD.replace("containers:", "hostNetwrok: true\n  containers:"), "spec.hostNetwrok"),
             (
                 &POD.replace("containers:", "serviceAccountName: x\n  containers:"),
-                "service account",
+                "may not reference serviceaccounts",
+            ),
+            (
+                &POD.replace("containers:", "imagePullSecrets: [{name: x}]\n  containers:"),
+                "may not reference secrets",
+            ),
+            (
+                &POD.replace("name: a,", "name: a, envFrom: [{configMapRef: {name: x}}],"),
+                "may not reference configmaps",
+            ),
+            (
+                &POD.replace(
+                    "name: a,",
+                    "name: a, env: [{name: A, valueFrom: {secretKeyRef: {name: x, key: k}}}],",
+                ),
+                "may not reference secrets",
+            ),
+            (
+                &POD.replace(
+                    "containers:",
+                    "volumes: [{name: v, projected: {sources: [{serviceAccountToken: {path: t}}]}}]\n  containers:",
+                ),
+                "spec.volumes[v]: static pods may not reference serviceaccounts",
+            ),
+            (
+                &POD.replace(
+                    "containers:",
+                    "volumes: [{name: v, persistentVolumeClaim: {claimName: x}}]\n  containers:",
+                ),
+                "may not reference persistentvolumeclaims",
             ),
         ];
         for (text, expected) in rows {

@@ -14,6 +14,7 @@ use keelson_runtime_shim::runtime as rt;
 
 use super::StatusInput;
 use crate::{
+    labels,
     probe::Verdict,
     worker::{
         backoff::{self, Restart},
@@ -119,11 +120,7 @@ pub(crate) fn container_status(
     };
     ContainerStatus {
         name: container.name.clone(),
-        image: if latest.image.is_empty() {
-            container.image.clone().unwrap_or_default()
-        } else {
-            latest.image.clone()
-        },
+        image: image_name(container, latest),
         image_id: if latest.image_ref.is_empty() {
             latest.image_id.to_string()
         } else {
@@ -154,6 +151,13 @@ pub(crate) fn container_status(
     }
 }
 
+/// The image as the user named it: the runtime was asked for it by its id.
+fn image_name(container: &Container, status: &rt::ContainerStatus) -> String {
+    let named = status.annotations.get(labels::IMAGE).cloned();
+    let of_spec = || container.image.clone().filter(|_| labels::is_current(status, container));
+    named.or_else(of_spec).unwrap_or_else(|| status.image.clone())
+}
+
 /// The status of a container that the runtime does not have.
 fn absent(input: &StatusInput<'_>, container: &Container) -> ContainerStatus {
     let reported = reported(input.pod, &container.name);
@@ -174,7 +178,8 @@ fn absent(input: &StatusInput<'_>, container: &Container) -> ContainerStatus {
     if let Some(ended) = ended_before {
         return ended.clone();
     }
-    if input.anything_runs() {
+    // a pod that never got past its init containers has nothing to have lost
+    if input.anything_runs() || !was_initialized(input) {
         status.state = Some(waiting_to_start(input, container));
         return status;
     }
@@ -190,6 +195,25 @@ fn absent(input: &StatusInput<'_>, container: &Container) -> ContainerStatus {
         ..Default::default()
     });
     status
+}
+
+/// Whether all init containers were done once: something after them was made, or the last of them
+/// ended well.
+fn was_initialized(input: &StatusInput<'_>) -> bool {
+    let made = |name: &str| {
+        input.observed.latest(name).is_some()
+            || reported(input.pod, name).is_some_and(|status| status.container_id.is_some())
+    };
+    let done = |name: &str| match input.observed.latest(name) {
+        Some(latest) => view::ended(latest) && view::exit_code(latest) == 0,
+        None => reported(input.pod, name).is_some_and(|status| status.ready),
+    };
+    view::spec(input.pod).containers.iter().any(|main| made(&main.name))
+        || view::containers(input.pod).all(|(role, container)| match role {
+            Role::Init => done(&container.name),
+            Role::Sidecar => made(&container.name),
+            Role::Main => true,
+        })
 }
 
 fn waiting(reason: &str, message: Option<String>) -> ContainerState {

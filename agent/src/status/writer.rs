@@ -6,7 +6,7 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
-use keelson_api::{backoff::Backoff, object::ObjectKey};
+use keelson_api::{backoff::Backoff, client_error, object::ObjectKey};
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
@@ -123,7 +123,8 @@ impl Writer {
                     }
                 }
                 Err(error) => {
-                    tracing::warn!(pod = %self.key, %error, "status not written, trying again");
+                    let error = client_error::shown(&error);
+                    tracing::warn!(pod = %self.key, error, "status not written, trying again");
                 }
             }
             tokio::select! {

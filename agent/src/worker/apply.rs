@@ -5,7 +5,7 @@ use std::{fs, io, net::IpAddr, path::Path, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use keelson_api::{backoff::Backoff, events::EventType};
+use keelson_api::{backoff::Backoff, client_error, events::EventType};
 use keelson_runtime_shim::runtime::{ContainerId, ContainerStatus, RuntimeError, SandboxId};
 use kube::{
     Api,
@@ -135,19 +135,7 @@ impl Kill {
     /// Runs the preStop hook, asks the container to stop, has it killed when the grace is over.
     pub(crate) async fn run(self) {
         let name = &self.status.name;
-        let message = match self.why {
-            KillReason::PodStops => format!("Stopping container {name}"),
-            KillReason::Changed => {
-                format!("Container {name} definition changed, will be restarted")
-            }
-            KillReason::Liveness => {
-                format!("Container {name} failed liveness probe, will be restarted")
-            }
-            KillReason::Startup => {
-                format!("Container {name} failed startup probe, will be restarted")
-            }
-            KillReason::SandboxGone => format!("Stopping container {name}: its sandbox changed"),
-        };
+        let message = self.message();
         let mut grace = self.grace;
         if !self.again {
             self.context.container_event(&self.pod, name, EventType::Normal, "Killing", message);
@@ -172,6 +160,30 @@ impl Kill {
                 }
             }
             tokio::time::sleep(backoff.next_wait()).await;
+        }
+    }
+
+    /// The event's message, in the kubelet's words.
+    fn message(&self) -> String {
+        let name = &self.status.name;
+        let probe = |probe: &str| {
+            let restarts = view::container(&self.pod, name).is_none_or(|(role, container)| {
+                let of_pod = view::spec(&self.pod).restart_policy.as_deref();
+                role == view::Role::Sidecar
+                    || container.restart_policy.as_deref().or(of_pod) != Some("Never")
+            });
+            let end = if restarts { ", will be restarted" } else { "" };
+            format!("Container {name} failed {probe} probe{end}")
+        };
+        match self.why {
+            KillReason::PodStops => format!("Stopping container {name}"),
+            KillReason::Changed => {
+                format!("Container {name} definition changed, will be restarted")
+            }
+            KillReason::Liveness => probe("liveness"),
+            KillReason::Startup => probe("startup"),
+            KillReason::PostStart => "FailedPostStartHook".to_owned(),
+            KillReason::SandboxGone => format!("Stopping container {name}: its sandbox changed"),
         }
     }
 
@@ -288,7 +300,10 @@ pub(crate) async fn delete_pod(context: &Context, pod: &Pod) {
                     return;
                 }
             }
-            Err(error) => tracing::warn!(namespace, name, %error, "pod not deleted, trying again"),
+            Err(error) => {
+                let error = client_error::shown(&error);
+                tracing::warn!(namespace, name, error, "pod not deleted, trying again");
+            }
         }
         tokio::time::sleep(backoff.next_wait()).await;
     }
@@ -329,4 +344,35 @@ pub(crate) fn remove_files(context: &Context, pod: &Pod) {
     gone(fs::remove_file(folder.join("etc-hosts")), &folder);
     // only if it is empty: volumes that could not be unmounted must not be emptied
     let _ = fs::remove_dir(&folder);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::fixture;
+
+    #[tokio::test]
+    async fn a_container_that_never_restarts_is_not_said_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let context = fixture::context(fixture::FakeRuntime::new(), folder.path());
+        let message = |policy: &str, why| {
+            let mut pod = fixture::pod(&["a"]);
+            pod.spec.as_mut().unwrap().restart_policy = Some(policy.to_owned());
+            let kill = Kill {
+                context: Arc::clone(&context),
+                pod: Arc::new(pod),
+                status: fixture::running("a", 0),
+                address: None,
+                grace: Duration::ZERO,
+                why,
+                again: false,
+            };
+            kill.message()
+        };
+        assert_eq!(message("Never", KillReason::Liveness), "Container a failed liveness probe");
+        assert_eq!(
+            message("Always", KillReason::Startup),
+            "Container a failed startup probe, will be restarted"
+        );
+    }
 }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::AgentConfig, directory::PodTable, environment::ContainerEnvironment, metrics::Metrics,
-    volumes::PodVolumes,
+    pulse::Pulse, volumes::PodVolumes,
 };
 
 /// The parts of the agent that every worker uses.
@@ -41,6 +41,8 @@ pub(crate) struct Context {
     pub(crate) memory_capacity: i64,
     /// What others may ask about the pods.
     pub(crate) directory: PodTable,
+    /// Whether the agent's loop turns.
+    pub(crate) pulse: Arc<Pulse>,
     /// The agent stops; the pods run on.
     pub(crate) shutdown: CancellationToken,
 }

@@ -352,7 +352,8 @@ impl PodRuntime for FakeRuntime {
         Ok(())
     }
 
-    async fn reopen_container_log(&self, _: &ContainerId) -> Result<()> {
+    async fn reopen_container_log(&self, id: &ContainerId) -> Result<()> {
+        self.with(|world| world.calls.push(format!("reopen {id}")));
         Ok(())
     }
 
@@ -489,6 +490,7 @@ pub(crate) fn context(runtime: Arc<FakeRuntime>, folder: &std::path::Path) -> Ar
         runtime_name: "fake".to_owned(),
         memory_capacity: 1 << 32,
         directory: PodTable::default(),
+        pulse: Arc::default(),
         shutdown: CancellationToken::new(),
     })
 }

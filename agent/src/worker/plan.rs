@@ -75,6 +75,8 @@ pub(crate) enum KillReason {
     Liveness,
     /// Its startup probe failed.
     Startup,
+    /// Its postStart hook failed.
+    PostStart,
     /// The pod's sandbox is gone.
     SandboxGone,
 }
@@ -364,8 +366,9 @@ fn make_sandbox(plan: &mut Plan, observed: &Observed, knowledge: &Knowledge, now
     }
 }
 
-/// Keeps the newest attempt of each container, and of the ended ones the newest; removes what is
-/// older, and old sandboxes with nothing left in them.
+/// Keeps the newest attempt of each container and one ended one before it, as the kubelet does, so
+/// that `lastState` and `logs --previous` have what they show; removes what is older, and old
+/// sandboxes with nothing left in them.
 fn collect_garbage(plan: &mut Plan, observed: &Observed, knowledge: &Knowledge) {
     let mut names: Vec<&str> =
         observed.containers.iter().map(|status| status.name.as_str()).collect();
@@ -378,7 +381,7 @@ fn collect_garbage(plan: &mut Plan, observed: &Observed, knowledge: &Knowledge) 
             let ended = view::ended(status);
             if position == 0 || (ended && !ended_kept) {
                 kept.push(status);
-                ended_kept |= ended;
+                ended_kept |= position > 0;
             } else if ended && !knowledge.removing.contains(&status.id) {
                 plan.act(Action::RemoveContainer(status.id.clone()));
             }

@@ -15,7 +15,7 @@ use keelson_runtime_shim::runtime::{ContainerConfig, ContainerId, Mount, Sandbox
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, Note, hooks, view};
+use super::{Context, Note, apply::Kill, hooks, plan::KillReason, view};
 use crate::{
     container_config::{self, ContainerParts, files, hostname, mounts},
     environment::PodAddresses,
@@ -103,15 +103,30 @@ impl Start {
             "PostStartHook failed".to_owned(),
         );
         tracing::warn!(pod = view::format_pod(&self.pod), message, "postStart failed");
-        self.event(container, EventType::Normal, "Killing", "FailedPostStartHook".to_owned());
-        let grace = view::spec(&self.pod).termination_grace_period_seconds.unwrap_or(30);
-        let grace = Duration::from_secs(u64::try_from(grace).unwrap_or(0));
-        if let Err(error) =
-            self.context.timed("stop_container", runtime.stop_container(&id, grace)).await
-        {
-            tracing::warn!(container = %id, %error, "container whose postStart failed not stopped");
-        }
+        self.kill(&id).await;
         Err(StartError { reason: "PostStartHookError", message })
+    }
+
+    /// Stops a container whose postStart hook failed, its preStop hook first, as the kubelet does.
+    async fn kill(&self, id: &ContainerId) {
+        let status = match self.context.runtime.container_status(id).await {
+            Ok(status) => status,
+            Err(error) => {
+                tracing::warn!(container = %id, %error, "container whose postStart failed not stopped");
+                return;
+            }
+        };
+        let grace = view::spec(&self.pod).termination_grace_period_seconds.unwrap_or(30);
+        let kill = Kill {
+            context: Arc::clone(&self.context),
+            pod: Arc::clone(&self.pod),
+            status,
+            address: self.address(),
+            grace: Duration::from_secs(u64::try_from(grace).unwrap_or(0)),
+            why: KillReason::PostStart,
+            again: false,
+        };
+        kill.run().await;
     }
 
     fn event(&self, container: &Container, kind: EventType, reason: &str, message: String) {

@@ -6,9 +6,10 @@ use keelson_runtime_shim::runtime::{ContainerState, PodRuntime as _, SandboxStat
 
 use super::{
     fixture::{self, FakeRuntime, at, exited, running, sandbox},
+    knowledge::{Deletion, Volumes},
     *,
 };
-use crate::{pods::PodDirectory, probe::ProbeState, volumes::MountedVolumes};
+use crate::{labels, pods::PodDirectory, probe::ProbeState, volumes::MountedVolumes};
 
 fn desired(pod: Pod) -> Desired {
     Desired { pod: Arc::new(pod), origin: Origin::Api, stop: None }
@@ -191,10 +192,15 @@ fn a_shorter_grace_counts_from_now() {
 }
 
 #[test]
-fn only_the_newest_ended_attempt_is_kept() {
+fn one_ended_attempt_is_kept_before_the_newest() {
     let pod = desired(fixture::pod(&["a"]));
     let observed = observed(vec![exited("a", 0, 1), exited("a", 1, 1), running("a", 2)]);
     assert_eq!(actions(&pod, &observed, &mounted()), ["remove a-0"]);
+    // while it waits to be restarted, too: `lastState` and `logs --previous` show the one before
+    let waiting = self::observed(vec![exited("a", 0, 1), exited("a", 1, 1), exited("a", 2, 1)]);
+    let mut back_off = waiting.clone();
+    back_off.containers[2].annotations.insert(labels::BACK_OFF.to_owned(), "10".to_owned());
+    assert_eq!(actions(&pod, &back_off, &mounted()), ["remove a-0"]);
 }
 
 #[test]
@@ -215,8 +221,13 @@ struct Life {
 
 impl Life {
     fn begin(pod: Pod, origin: Origin) -> Self {
+        Self::prepare(pod, origin, |_| ())
+    }
+
+    fn prepare(pod: Pod, origin: Origin, prepare: impl FnOnce(&FakeRuntime)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let runtime = FakeRuntime::new();
+        prepare(&runtime);
         let context = fixture::context(Arc::clone(&runtime), folder.path());
         let desired = Desired { pod: Arc::new(pod), origin, stop: None };
         let (worker, handle) = Worker::new(Arc::clone(&context), desired, vec![], None);
@@ -425,4 +436,85 @@ async fn a_new_worker_finds_what_runs() {
     tokio::time::timeout(Duration::from_secs(20), waiting).await.unwrap();
     assert_eq!(life.runtime.calls(), before, "nothing had to be done");
     task.abort();
+}
+
+#[tokio::test]
+async fn a_container_whose_post_start_fails_stops_by_its_hook() {
+    use k8s_openapi::api::core::v1::{ExecAction, Lifecycle, LifecycleHandler};
+    let hook = |command: &str| {
+        Some(LifecycleHandler {
+            exec: Some(ExecAction { command: Some(vec![command.to_owned()]) }),
+            ..Default::default()
+        })
+    };
+    let mut pod = fixture::pod(&["a"]);
+    pod.spec.as_mut().unwrap().containers[0].lifecycle =
+        Some(Lifecycle { post_start: hook("hello"), pre_stop: hook("bye"), stop_signal: None });
+    let life = Life::prepare(pod, Origin::Static, |runtime| runtime.exec_code("hello", 1));
+    life.until("failed", |status| waiting(status) == Some("PostStartHookError")).await;
+    let calls = life.runtime.calls();
+    let place = |call: &str| calls.iter().position(|known| known == call).unwrap();
+    assert!(place("exec hello") < place("exec bye"));
+    assert!(place("exec bye") < place("stop a within 30"));
+    life.end().await;
+}
+
+fn status_of(
+    pod: &Pod,
+    containers: Vec<keelson_runtime_shim::runtime::ContainerStatus>,
+) -> PodStatus {
+    let observed = observed(containers);
+    status::pod_status(&StatusInput {
+        pod,
+        observed: &observed,
+        knowledge: &mounted(),
+        stopping: plan::stopped(&desired(pod.clone()), &observed, at(0)) != Stopped::No,
+        stop: None,
+        past_deadline: false,
+        is_static: false,
+        host_ips: &[],
+        runtime_name: "fake",
+        longest_back_off: backoff::LONGEST,
+        now: at(0),
+    })
+}
+
+#[test]
+fn what_never_began_waits_when_an_init_container_fails() {
+    let mut pod = with_init(&[("i", false)]);
+    pod.spec.as_mut().unwrap().restart_policy = Some("Never".to_owned());
+    let status = status_of(&pod, vec![exited("i", 0, 1)]);
+    assert_eq!(status.phase.as_deref(), Some("Failed"));
+    assert_eq!(waiting(&status), Some("PodInitializing"));
+    // what had run before was lost
+    let ready = fixture_status("i", |status| status.ready = true);
+    let made = fixture_status("a", |status| status.container_id = Some("fake://a-0".to_owned()));
+    pod.status = Some(PodStatus {
+        phase: Some("Failed".to_owned()),
+        init_container_statuses: Some(vec![ready]),
+        container_statuses: Some(vec![made]),
+        ..Default::default()
+    });
+    let status = status_of(&pod, Vec::new());
+    let state = status.container_statuses.unwrap()[0].state.clone().unwrap();
+    assert_eq!(state.terminated.unwrap().exit_code, 137);
+}
+
+fn fixture_status(
+    name: &str,
+    change: impl FnOnce(&mut k8s_openapi::api::core::v1::ContainerStatus),
+) -> k8s_openapi::api::core::v1::ContainerStatus {
+    let mut status =
+        k8s_openapi::api::core::v1::ContainerStatus { name: name.to_owned(), ..Default::default() };
+    change(&mut status);
+    status
+}
+
+#[test]
+fn the_image_is_shown_as_the_user_named_it() {
+    let mut status = running("a", 0);
+    status.image = "sha256:0123".to_owned();
+    status.annotations.insert(labels::IMAGE.to_owned(), "registry.example/app:1".to_owned());
+    let shown = status_of(&fixture::pod(&["a"]), vec![status]).container_statuses.unwrap();
+    assert_eq!(shown[0].image, "registry.example/app:1");
 }

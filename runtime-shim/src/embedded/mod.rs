@@ -418,7 +418,12 @@ impl PodRuntime for EmbeddedRuntime {
     }
 
     async fn image_status(&self, image: &str) -> Result<Option<Image>> {
-        self.inner.images.find(image).await
+        let found = self.inner.images.find(image).await?;
+        if found.is_none() {
+            // said now, and not only by the pull that would follow
+            crate::images::check_name(image)?;
+        }
+        Ok(found)
     }
 
     async fn list_images(&self) -> Result<Vec<Image>> {

@@ -96,6 +96,14 @@ struct Inner {
     leases: Mutex<BTreeMap<Digest, usize>>,
 }
 
+/// Whether a name can be the name of an image.
+///
+/// # Errors
+/// [`RuntimeError::InvalidImageName`].
+pub(crate) fn check_name(image: &str) -> Result<()> {
+    ImageName::parse(image).map(drop)
+}
+
 impl ImageStore {
     /// Opens the store below `root`, made if it is not there. Removes what was left half-made.
     ///

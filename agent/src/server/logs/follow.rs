@@ -45,7 +45,7 @@ pub(in crate::server) async fn follow(
     let mut reader = open(&file.path, options.tail_lines).await?;
     let mut show = Show::new(&options);
     let (mut entry, mut piece) = (Vec::new(), Vec::new());
-    let mut ended = false;
+    let (mut ended, mut rotated) = (false, false);
     while !show.is_done() {
         let room = MAX_ENTRY.saturating_sub(entry.len() as u64);
         if room == 0 {
@@ -68,8 +68,15 @@ pub(in crate::server) async fn follow(
         }
         // The end for now.
         let Some(changes) = &mut changes else { return Ok(()) };
-        if is_rotated(&reader, &file.path).await {
+        if rotated {
+            rotated = false;
             reader = open(&file.path, None).await?;
+            continue;
+        }
+        if is_rotated(&reader, &file.path).await {
+            // Between the end that was met and the new file more may have been written to the old
+            // one; once there is a new one, no more.
+            rotated = true;
             continue;
         }
         if ended {

@@ -2,8 +2,10 @@
 //! for, and followed while the container runs.
 //!
 //! * `line`: one line of the format, and what of it is shown (pure).
+//! * `answer`: which log is meant, and the answer that carries it.
 //! * `follow`: reading a file that grows and is rotated.
 
+mod answer;
 mod follow;
 mod line;
 
@@ -11,7 +13,9 @@ use std::path::PathBuf;
 
 use jiff::{SignedDuration, Timestamp};
 
-pub(super) use follow::follow;
+use follow::follow;
+
+pub(super) use answer::container_logs;
 
 use super::path::is_set;
 
