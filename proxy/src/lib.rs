@@ -30,6 +30,7 @@ mod health_check;
 mod iptables;
 #[cfg(test)]
 mod loop_test;
+mod memory;
 mod metrics;
 mod model;
 #[cfg(test)]

@@ -234,7 +234,7 @@ mod tests {
             zone_hint: Hint::Absent,
         });
         Slice {
-            service: key(),
+            service: key().into(),
             family: Family::V4,
             ports: Vec::new(),
             endpoints: endpoints.collect::<Vec<_>>().into(),
@@ -319,7 +319,7 @@ mod tests {
         let mut objects = ServiceTable::default();
         objects.set_slice(&ObjectKey::new("d", "s-1"), Some(slice_of(&[1])));
         let service = |port| crate::model::objects::Service {
-            uid: String::new(),
+            uid: String::new().into(),
             created: 1,
             addresses: vec![address],
             external_ips: Vec::new(),

@@ -224,7 +224,7 @@ mod tests {
 
     fn slice(port: u16, endpoints: &[SliceEndpoint]) -> Slice {
         Slice {
-            service: ObjectKey::new("d", "s"),
+            service: ObjectKey::new("d", "s").into(),
             family: Family::V4,
             ports: vec![("web".into(), Protocol::Tcp, port)],
             endpoints: endpoints.into(),

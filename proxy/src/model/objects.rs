@@ -55,7 +55,7 @@ pub(crate) struct ServicePort {
 /// What the proxy needs of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Service {
-    pub(crate) uid: String,
+    pub(crate) uid: Box<str>,
     /// Seconds since 1970: of two services that claim one address and port, the older has it.
     pub(crate) created: i64,
     /// Cluster addresses, one of a family at the most.
@@ -174,8 +174,11 @@ impl Service {
                 .filter(|seconds| (1..=86_400).contains(seconds))
                 .map_or(AFFINITY_TIMEOUT, Duration::from_secs)
         });
+        // These stay as long as the Service does.
+        addresses.shrink_to_fit();
+        ports.shrink_to_fit();
         let service = Self {
-            uid: object.metadata.uid.clone().unwrap_or_default(),
+            uid: object.metadata.uid.clone().unwrap_or_default().into(),
             created: created(&object.metadata),
             addresses,
             external_ips,
@@ -330,7 +333,7 @@ pub(crate) struct Place {
 /// What the proxy needs of an EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Slice {
-    pub(crate) service: ObjectKey,
+    pub(crate) service: Arc<ObjectKey>,
     pub(crate) family: Family,
     pub(crate) ports: Vec<(String, Protocol, u16)>,
     pub(crate) endpoints: Arc<[SliceEndpoint]>,
@@ -412,8 +415,9 @@ impl Slice {
             .as_ref()
             .and_then(|a| a.get(TRIGGER_TIME)?.parse::<Timestamp>().ok());
         let namespace = object.metadata.namespace.clone().unwrap_or_default();
+        ports.shrink_to_fit();
         let slice = Self {
-            service: ObjectKey::new(namespace, service),
+            service: Arc::new(ObjectKey::new(namespace, service)),
             family,
             ports,
             endpoints: endpoints.into(),

@@ -1,7 +1,7 @@
 //! All Services and their slices, and what each Service wants of the ruleset.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
 };
@@ -21,78 +21,119 @@ use crate::ruleset::{Action, AddressSet, Frontend, Lane, Masquerade, desired::Se
 const ENDPOINTS_MAX: usize = 65_536;
 
 /// Every Service and slice, as last seen.
+///
+/// There may be tens of thousands, most of which stay as they are: keys are shared, and a Service
+/// stands beside its slices.
 #[derive(Debug, Default)]
 pub(crate) struct ServiceTable {
-    services: HashMap<ObjectKey, Service>,
-    /// By service, then by the slice's name.
-    slices: HashMap<ObjectKey, BTreeMap<String, Slice>>,
+    entries: HashMap<Arc<ObjectKey>, Box<Entry>>,
     /// Which service a slice was for, as a slice's label may change.
-    slice_owner: HashMap<ObjectKey, ObjectKey>,
+    slice_owner: HashMap<Arc<ObjectKey>, Arc<ObjectKey>>,
+}
+
+/// A Service with its slices; there is none when both are gone.
+#[derive(Debug, Default)]
+struct Entry {
+    service: Option<Service>,
+    /// By the slice's name.
+    slices: Vec<(Arc<ObjectKey>, Slice)>,
+}
+
+impl Entry {
+    fn place(&self, slice: &ObjectKey) -> Result<usize, usize> {
+        self.slices.binary_search_by(|(key, _)| (**key).cmp(slice))
+    }
 }
 
 impl ServiceTable {
     /// Takes in a Service as it is now; `None` if it is gone or none of ours. Whether it changed.
     pub(crate) fn set_service(&mut self, key: &ObjectKey, service: Option<Service>) -> bool {
-        match service {
-            Some(service) if self.services.get(key) == Some(&service) => false,
-            Some(service) => {
-                self.services.insert(key.clone(), service);
-                true
-            }
-            None => self.services.remove(key).is_some(),
-        }
+        let Some(entry) = self.entries.get_mut(key) else {
+            let Some(service) = service else { return false };
+            let entry = Entry { service: Some(service), slices: Vec::new() };
+            self.entries.insert(Arc::new(key.clone()), Box::new(entry));
+            return true;
+        };
+        let changed = entry.service != service;
+        entry.service = service;
+        self.drop_empty(key);
+        changed
     }
 
     /// Takes in a slice as it is now; `None` if it is gone. The services that are touched.
     pub(crate) fn set_slice(&mut self, key: &ObjectKey, slice: Option<Slice>) -> Vec<ObjectKey> {
         let mut touched = Vec::new();
-        let owner_before = match &slice {
-            Some(slice) => self.slice_owner.insert(key.clone(), slice.service.clone()),
-            None => self.slice_owner.remove(key),
-        };
-        let owner = slice.as_ref().map(|slice| slice.service.clone());
-        if let Some(before) = owner_before
-            && Some(&before) != owner.as_ref()
-            && let Some(slices) = self.slices.get_mut(&before)
+        let before = self.slice_owner.remove_entry(key);
+        let owner = slice.as_ref().map(|slice| Arc::clone(&slice.service));
+        if let Some((_, before)) = &before
+            && Some(before) != owner.as_ref()
         {
-            slices.remove(&key.name);
-            if slices.is_empty() {
-                self.slices.remove(&before);
+            if let Some(entry) = self.entries.get_mut(before)
+                && let Ok(place) = entry.place(key)
+            {
+                entry.slices.remove(place);
             }
-            touched.push(before);
+            self.drop_empty(before);
+            touched.push((**before).clone());
         }
-        if let (Some(owner), Some(slice)) = (owner, slice) {
-            let slices = self.slices.entry(owner.clone()).or_default();
-            let before = slices.get(&key.name);
-            if before.is_none_or(|b| {
-                b.ports != slice.ports || b.endpoints != slice.endpoints || b.family != slice.family
-            }) {
-                touched.push(owner);
+        let Some(mut slice) = slice else { return touched };
+        let key = before.map_or_else(|| Arc::new(key.clone()), |(key, _)| key);
+        let owner = match self.entries.get_key_value(&slice.service) {
+            Some((owner, _)) => Arc::clone(owner),
+            None => Arc::clone(&slice.service),
+        };
+        slice.service = Arc::clone(&owner);
+        let entry = self.entries.entry(Arc::clone(&owner)).or_default();
+        let same = |b: &Slice| {
+            b.ports == slice.ports && b.endpoints == slice.endpoints && b.family == slice.family
+        };
+        match entry.place(&key) {
+            Ok(place) => {
+                let known = &mut entry.slices[place].1;
+                if !same(known) {
+                    touched.push((*owner).clone());
+                }
+                *known = slice;
             }
-            slices.insert(key.name.clone(), slice);
+            Err(place) => {
+                touched.push((*owner).clone());
+                entry.slices.reserve_exact(1);
+                entry.slices.insert(place, (Arc::clone(&key), slice));
+            }
         }
+        self.slice_owner.insert(key, owner);
         touched
+    }
+
+    fn drop_empty(&mut self, key: &ObjectKey) {
+        if self.entries.get(key).is_some_and(|e| e.service.is_none() && e.slices.is_empty()) {
+            self.entries.remove(key);
+        }
+    }
+
+    fn service(&self, key: &ObjectKey) -> Option<&Service> {
+        self.entries.get(key)?.service.as_ref()
     }
 
     /// The UID of a Service, for events on it.
     pub(crate) fn uid(&self, key: &ObjectKey) -> Option<&str> {
-        self.services.get(key).map(|service| service.uid.as_str())
+        self.service(key).map(|service| &*service.uid)
     }
 
     /// Every Service's key.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &ObjectKey> {
-        self.services.keys()
+        self.entries.iter().filter(|(_, entry)| entry.service.is_some()).map(|(key, _)| &**key)
     }
 
     /// Every slice's key.
     pub(crate) fn slice_keys(&self) -> impl Iterator<Item = &ObjectKey> {
-        self.slice_owner.keys()
+        self.slice_owner.keys().map(|key| &**key)
     }
 
     /// When the change that a slice tells of happened.
     pub(crate) fn triggered(&self, slice: &ObjectKey) -> Option<Timestamp> {
-        let owner = self.slice_owner.get(slice)?;
-        self.slices.get(owner)?.get(&slice.name)?.triggered
+        let entry = self.entries.get(self.slice_owner.get(slice)?)?;
+        entry.slices[entry.place(slice).ok()?].1.triggered
     }
 
     /// Each port of a Service in each of these families that it has a cluster address of, with its
@@ -102,8 +143,8 @@ impl ServiceTable {
         key: &ObjectKey,
         families: &[Family],
     ) -> Option<(Vec<PortPlan<'_>>, Vec<Problem>)> {
-        let service = self.services.get(key)?;
-        let slices = self.slices.get(key);
+        let entry = self.entries.get(key)?;
+        let service = entry.service.as_ref()?;
         let mut plans = Vec::new();
         let mut problems = Vec::new();
         for address in &service.addresses {
@@ -113,7 +154,7 @@ impl ServiceTable {
             }
             for port in &service.ports {
                 let mut eligible =
-                    Eligible::of(slices.iter().flat_map(|s| s.values()), port, family);
+                    Eligible::of(entry.slices.iter().map(|(_, slice)| slice), port, family);
                 for endpoints in [&mut eligible.cluster, &mut eligible.local] {
                     if endpoints.len() > ENDPOINTS_MAX {
                         problems.push(Problem::new(
@@ -139,7 +180,7 @@ impl ServiceTable {
         key: &ObjectKey,
         families: &[Family],
     ) -> Option<(ServiceRules, Vec<Problem>)> {
-        let service = self.services.get(key)?;
+        let service = self.service(key)?;
         let (plans, problems) = self.ports(key, families)?;
         let mut rules = ServiceRules { created: service.created, ..ServiceRules::default() };
         let addresses = service.addresses.iter().filter(|a| families.contains(&Family::of(**a)));
@@ -157,9 +198,8 @@ impl ServiceTable {
     /// How many endpoints of a Service on this node are ready, as its health-check node port
     /// tells: endpoints of several ports or families count once.
     pub(crate) fn local_ready(&self, key: &ObjectKey) -> usize {
-        let slices = self.slices.get(key);
         let ready = |family| {
-            let all = slices.iter().flat_map(|s| s.values()).filter(|s| s.family == family);
+            let all = self.slices_of(key).filter(|s| s.family == family);
             let local = all.flat_map(|s| s.endpoints.iter()).filter(|e| e.local && e.ready);
             local.map(|endpoint| endpoint.address).collect::<BTreeSet<_>>().len()
         };
@@ -168,7 +208,7 @@ impl ServiceTable {
 
     /// A Service's health-check node port.
     pub(crate) fn health_check_port(&self, key: &ObjectKey) -> Option<u16> {
-        self.services.get(key)?.health_check_node_port
+        self.service(key)?.health_check_node_port
     }
 
     /// Ports of a Service whose traffic policy is Local and that have endpoints, but none of them
@@ -178,7 +218,7 @@ impl ServiceTable {
         key: &ObjectKey,
         families: &[Family],
     ) -> Vec<WithoutLocal> {
-        let Some(service) = self.services.get(key) else { return Vec::new() };
+        let Some(service) = self.service(key) else { return Vec::new() };
         let policies = [service.internal_policy, service.external_policy];
         if !policies.contains(&TrafficPolicy::Local) {
             return Vec::new();
@@ -190,7 +230,7 @@ impl ServiceTable {
 
     /// The slices of a Service.
     pub(crate) fn slices_of(&self, key: &ObjectKey) -> impl Iterator<Item = &Slice> {
-        self.slices.get(key).into_iter().flat_map(|slices| slices.values())
+        self.entries.get(key).into_iter().flat_map(|entry| entry.slices.iter().map(|(_, s)| s))
     }
 }
 

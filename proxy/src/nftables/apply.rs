@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     backend::{Aftermath, Applied, Backend, BackendError, Forget, Goal},
+    memory,
     model::Family,
     ruleset::{Action, Unit, desired::Desired},
 };
@@ -52,6 +53,12 @@ impl Table {
     /// # Errors
     /// When the kernel can't be read or takes not even the empty table.
     pub(crate) fn synchronize(&mut self, desired: &Desired) -> Result<Applied, NftError> {
+        let result = self.compare_and_write(desired);
+        memory::give_back();
+        result
+    }
+
+    fn compare_and_write(&mut self, desired: &Desired) -> Result<Applied, NftError> {
         let mut applied = Applied::default();
         let mut strays = Changes::default();
         match observe(&mut self.socket, &self.layout)? {

@@ -1,6 +1,6 @@
 //! The kernel's elements back into what is held.
 
-use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use super::{
     batch::{Data, Element},
@@ -20,14 +20,15 @@ use crate::{
 pub(crate) struct Reading {
     family: Family,
     held: Held,
-    indices: HashMap<Frontend, BTreeMap<u32, Endpoint>>,
+    /// In the kernel's order, that is, in none.
+    endpoints: Vec<(Frontend, u32, Endpoint)>,
     strays: Changes,
 }
 
 impl Reading {
     /// Nothing read yet of a table of this family.
     pub(crate) fn new(family: Family) -> Self {
-        Self { family, held: Held::default(), indices: HashMap::new(), strays: Changes::default() }
+        Self { family, held: Held::default(), endpoints: Vec::new(), strays: Changes::default() }
     }
 
     /// Takes in one element of a set as the kernel lists it; what the proxy can't have written is
@@ -40,19 +41,20 @@ impl Reading {
 
     /// All that was read, and what to remove because it makes no sense.
     pub(crate) fn finish(mut self) -> (Held, Changes) {
-        for (frontend, indices) in self.indices {
+        self.endpoints.sort_unstable();
+        // What was listed twice, as the listing was begun again, counts once.
+        self.endpoints.dedup_by_key(|(frontend, index, _)| (*frontend, *index));
+        for row in self.endpoints.chunk_by(|a, b| a.0 == b.0) {
+            let frontend = row[0].0;
             let maps = layout::lane_maps(frontend.lane);
-            let mut slots = Vec::new();
-            for (index, endpoint) in indices {
-                // Only a row without holes from 0 on is of use.
-                if index as usize == slots.len() {
-                    slots.push(endpoint);
-                } else {
-                    let key = frontend_key(&frontend).part(&index.to_ne_bytes());
-                    self.strays.remove(maps.endpoints, key);
-                }
+            // Only a row without holes from 0 on is of use.
+            let whole = row.iter().zip(0..).take_while(|((_, index, _), n)| index == n).count();
+            for (_, index, _) in &row[whole..] {
+                let key = frontend_key(&frontend).part(&index.to_ne_bytes());
+                self.strays.remove(maps.endpoints, key);
             }
-            self.held.frontends.entry(frontend).or_default().slots = slots.into();
+            let slots: Arc<[Endpoint]> = row[..whole].iter().map(|(_, _, e)| *e).collect();
+            self.held.frontends.entry(frontend).or_default().slots = slots;
         }
         (self.held, self.strays)
     }
@@ -76,7 +78,7 @@ impl Reading {
                 let index = u32::from_ne_bytes(*rest.first_chunk::<4>()?);
                 let Data::Value(value) = &element.data else { return None };
                 let endpoint = read_endpoint(value.as_slice(), self.family)?;
-                self.indices.entry(frontend).or_default().insert(index, endpoint);
+                self.endpoints.push((frontend, index, endpoint));
                 return Some(());
             }
             let Data::Verdict(verdict) = &element.data else { return None };

@@ -321,7 +321,8 @@ impl Proxier {
             tracing::warn!(cause, "another program changed the proxy's rules; mending them");
             self.reports.metrics.drifted(cause);
         }
-        let mut units: Vec<Unit> = self.dirty.drain().collect();
+        // After a load there is no need for room for as much again.
+        let mut units: Vec<Unit> = std::mem::take(&mut self.dirty).into_iter().collect();
         units.sort_unstable();
         let mut failed = false;
         let goal = Goal { desired: &self.desired, objects: &self.objects };
