@@ -5,6 +5,8 @@
 //! whose Services don't answer. Rules of other modes, and of kube-proxy, are removed once the new
 //! ones are in force, so that no packet finds neither.
 
+use std::time::Duration;
+
 use crate::{
     ProxyError,
     backend::{Backend, BackendError},
@@ -14,7 +16,7 @@ use crate::{
     metrics::Metrics,
     model::Family,
     nftables::{apply::Table, batch::Batch, rules::Layout, socket::NftSocket},
-    userspace::{self, Limits, RelayMetrics, Relays, Settings},
+    userspace::{self, Limits, RelayMetrics, Relays, Settings, UdpTimes},
 };
 
 /// The oldest kernel whose nftables has all that the rules need; kube-proxy's nftables mode asks
@@ -149,13 +151,21 @@ fn open_family(
                 localhost_node_ports: config.localhost_node_ports,
                 limits: Limits::of_this_process(config.wanted_families().len()),
                 metrics: chosen.relays.clone(),
-                udp_unanswered: config.conntrack.udp_timeout.unwrap_or(usual.udp_unanswered),
-                udp_answered: config.conntrack.udp_stream_timeout.unwrap_or(usual.udp_answered),
+                udp: UdpTimes {
+                    single: given(config.conntrack.udp_timeout, usual.udp.single),
+                    stream: given(config.conntrack.udp_stream_timeout, usual.udp.stream),
+                    ..usual.udp
+                },
                 ..usual
             };
             Ok(Box::new(Relays::open(settings).map_err(relays)?))
         }
     }
+}
+
+/// A time-out of the connection table; zero leaves it as it is.
+fn given(configured: Option<Duration>, usual: Duration) -> Duration {
+    configured.filter(|time| !time.is_zero()).unwrap_or(usual)
 }
 
 fn relays(error: impl std::fmt::Display) -> ProxyError {

@@ -36,8 +36,6 @@ use crate::{
 
 /// How long after news of the node's network it is looked at: news come in swarms.
 const SETTLE: Duration = Duration::from_millis(50);
-/// How long after a failure it is looked at again.
-const RETRY: Duration = Duration::from_secs(5);
 
 /// What the proxy's thread asks for.
 #[derive(Debug)]
@@ -85,6 +83,8 @@ pub(super) struct Relaying {
     /// By the address that they came by.
     connections: BTreeMap<IpAddr, Connections>,
     quota: Arc<Quota>,
+    /// What can't be listened on, for the next look around.
+    unserved: BTreeSet<Listen>,
     look_at: Option<Instant>,
 }
 
@@ -108,6 +108,7 @@ impl Relaying {
             listeners: BTreeMap::new(),
             connections: BTreeMap::new(),
             quota,
+            unserved: BTreeSet::new(),
             look_at: None,
         })
     }
@@ -139,7 +140,7 @@ impl Relaying {
                     }
                     None => {
                         tracing::error!("changes of the node's addresses are not heard any more");
-                        self.look_at = Some(Instant::now() + RETRY);
+                        self.look_at = Some(Instant::now() + self.settings.retry);
                     }
                 },
                 () = look => self.look().await,
@@ -155,7 +156,8 @@ impl Relaying {
         self.look_at = None;
         let before: BTreeSet<IpAddr> = self.routes.all().collect();
         match self.observe().await {
-            Ok(ports) => {
+            Ok(mut ports) => {
+                ports.append(&mut self.unserved);
                 let lost = before.iter().filter(|address| !self.routes.has(**address)).count();
                 if lost > 0 {
                     tracing::warn!(
@@ -171,16 +173,16 @@ impl Relaying {
                 let brought = self.reconcile(&ports, addresses).await;
                 for (front, error) in &brought.refused {
                     tracing::warn!(port = ?front, %error, "a service's port isn't served");
-                    self.look_at = Some(Instant::now() + RETRY);
+                    self.look_at = Some(Instant::now() + self.settings.retry);
                 }
                 for (_, address, error) in &brought.refused_addresses {
                     tracing::warn!(%address, %error, "a service's address isn't served");
-                    self.look_at = Some(Instant::now() + RETRY);
+                    self.look_at = Some(Instant::now() + self.settings.retry);
                 }
             }
             Err(error) => {
                 tracing::warn!(%error, "can't look at the node's addresses; trying again");
-                self.look_at = Some(Instant::now() + RETRY);
+                self.look_at = Some(Instant::now() + self.settings.retry);
             }
         }
     }
@@ -258,6 +260,7 @@ impl Relaying {
     ) -> Brought {
         let mut brought = Brought::default();
         for listen in ports {
+            self.unserved.remove(listen);
             if self.rule(*listen).is_none()
                 && let Some(listener) = self.listeners.remove(listen)
             {
@@ -277,6 +280,7 @@ impl Relaying {
                         brought.changed += 1;
                     }
                     Err(source) => {
+                        self.unserved.insert(*listen);
                         brought.refused.push((front, refusal(*listen, source, &mut holders)));
                     }
                 },
@@ -348,8 +352,7 @@ impl Relaying {
                 dispatch: chosen,
                 quota,
                 clients: limits.udp_clients,
-                unanswered: self.settings.udp_unanswered,
-                answered: self.settings.udp_answered,
+                times: self.settings.udp,
             };
             tokio::spawn(udp::serve(udp::listen(address)?, relay, stop.clone()))
         };

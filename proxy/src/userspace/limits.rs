@@ -23,7 +23,7 @@ const COMPLAIN: Duration = Duration::from_secs(60);
 pub(crate) struct Limits {
     /// Sockets that are listened on.
     pub(crate) listeners: usize,
-    /// TCP connections and UDP clients.
+    /// TCP connections, and as many UDP clients.
     pub(crate) connections: usize,
     /// UDP clients of one listener; the one that was silent longest makes room for another.
     pub(crate) udp_clients: usize,
@@ -51,11 +51,11 @@ impl Limits {
         Self::of_files(files.min(ENOUGH), families)
     }
 
-    /// Half is for listeners; a connection takes two.
+    /// A quarter is for listeners and one for UDP clients; TCP connections take two each.
     fn of_files(files: u64, families: usize) -> Self {
         let mine = files.saturating_sub(SPARE.min(files / 4)) / (families.max(1) as u64);
         let part = |n: u64| usize::try_from(mine / n).unwrap_or(usize::MAX);
-        Self { listeners: part(2), connections: part(4), ..Self::default() }
+        Self { listeners: part(4), connections: part(4), ..Self::default() }
     }
 }
 
@@ -63,7 +63,9 @@ impl Limits {
 #[derive(Debug)]
 pub(super) struct Quota {
     family: Family,
-    slots: Arc<Semaphore>,
+    tcp: Arc<Semaphore>,
+    /// Of their own: clients that are only remembered must not keep out connections.
+    udp: Arc<Semaphore>,
     metrics: Option<RelayMetrics>,
     complained: Mutex<Option<Instant>>,
 }
@@ -78,13 +80,14 @@ pub(super) struct Place {
 impl Quota {
     /// All of it.
     pub(super) fn new(family: Family, limits: Limits, metrics: Option<RelayMetrics>) -> Self {
-        let slots = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
-        Self { family, slots, metrics, complained: Mutex::new(None) }
+        let slots = || Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
+        Self { family, tcp: slots(), udp: slots(), metrics, complained: Mutex::new(None) }
     }
 
     /// A place for a connection, if there is one.
     pub(super) fn take(&self, protocol: Protocol) -> Option<Place> {
-        let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
+        let slots = if protocol == Protocol::Udp { &self.udp } else { &self.tcp };
+        let slot = Arc::clone(slots).try_acquire_owned().ok()?;
         let metrics = self.metrics.as_ref();
         let counted = metrics.map(|m| m.connection(self.family, protocol));
         Some(Place { _slot: slot, _counted: counted })
@@ -120,7 +123,7 @@ mod tests {
         for files in [64, 1_024, 20_000, 1 << 20] {
             for families in [1, 2] {
                 let limits = Limits::of_files(files, families);
-                let used = families * (limits.listeners + 2 * limits.connections);
+                let used = families * (limits.listeners + 3 * limits.connections);
                 assert!(used as u64 <= files - files.min(SPARE * 4) / 4, "{files}: {limits:?}");
                 assert!(limits.listeners > 0 && limits.connections > 0);
             }

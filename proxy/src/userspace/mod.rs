@@ -84,17 +84,16 @@ pub(crate) struct Settings {
     pub(crate) localhost_node_ports: bool,
     /// How much there may be of what.
     pub(crate) limits: Limits,
-    /// How long a UDP client is remembered that was never answered.
-    pub(crate) udp_unanswered: Duration,
-    /// How long a UDP client is remembered that was answered.
-    pub(crate) udp_answered: Duration,
+    /// How long UDP clients are remembered.
+    pub(crate) udp: UdpTimes,
+    /// How long after a failure the node's network is looked at again.
+    pub(crate) retry: Duration,
     /// Where it is counted.
     pub(crate) metrics: Option<RelayMetrics>,
 }
 
 impl Settings {
-    /// What the proxy does unless told otherwise. The idle times of UDP are those of the kernel's
-    /// connection table.
+    /// What the proxy does unless told otherwise.
     pub(crate) fn new(family: Family) -> Self {
         Self {
             family,
@@ -102,9 +101,31 @@ impl Settings {
             node_port_addresses: NodePortAddresses::Primary,
             localhost_node_ports: true,
             limits: Limits::default(),
-            udp_unanswered: Duration::from_secs(30),
-            udp_answered: Duration::from_secs(120),
+            udp: UdpTimes::default(),
+            retry: Duration::from_secs(5),
             metrics: None,
+        }
+    }
+}
+
+/// How long an idle UDP client is remembered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct UdpTimes {
+    /// After a question, or a question and its answer.
+    pub(crate) single: Duration,
+    /// After a conversation.
+    pub(crate) stream: Duration,
+    /// An answer so long after the first datagram makes it a conversation.
+    pub(crate) stream_after: Duration,
+}
+
+impl Default for UdpTimes {
+    /// Those of the kernel's connection table.
+    fn default() -> Self {
+        Self {
+            single: Duration::from_secs(30),
+            stream: Duration::from_secs(120),
+            stream_after: Duration::from_secs(2),
         }
     }
 }

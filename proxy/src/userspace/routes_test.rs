@@ -3,10 +3,11 @@
 use std::{
     io::ErrorKind,
     net::{IpAddr, SocketAddr, TcpListener},
+    time::Duration,
 };
 
 use super::{
-    fixture::{FAMILIES, Host, Net, ask, cluster, everywhere, node, until},
+    fixture::{FAMILIES, Flow, Host, Net, ask, cluster, everywhere, node, until},
     remove_leftovers,
 };
 use crate::{
@@ -212,4 +213,23 @@ fn everything_is_taken_away_on_request_and_can_be_brought_back() {
     assert_eq!((host.relays.units(), routes(&net.host, Family::V4).len()), (0, 0));
     host.synchronize();
     assert_eq!(ask(&net.client, host.service(1)).unwrap(), 1);
+}
+
+#[test]
+fn a_port_that_is_taken_on_a_new_address_is_tried_again() {
+    let net = Net::new(1);
+    net.serve(Family::V4, 1);
+    let mut host = net.relays(Family::V4, |settings| {
+        everywhere(settings);
+        settings.retry = Duration::from_millis(100);
+    });
+    host.set(1, &[1]);
+    let to: SocketAddr = "192.0.2.77:30080".parse().unwrap();
+    net.host.sh("sysctl -qw net.ipv4.ip_nonlocal_bind=1");
+    let other = net.host.run(move || TcpListener::bind(to).unwrap());
+    net.host.sh("ip addr add 192.0.2.77/24 dev client");
+    // Datagrams are nobody else's there.
+    until("what can be served is", || Flow::new(&net.client, to).ask() == Some(1));
+    drop(other);
+    until("so is the rest once it is free", || ask(&net.client, to).is_ok());
 }

@@ -19,6 +19,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    UdpTimes,
     dispatch::{Dispatch, Refusal},
     limits::{Place, Quota},
     recent::Recent,
@@ -47,10 +48,8 @@ pub(super) struct Relay {
     pub(super) quota: Arc<Quota>,
     /// How many clients it may have.
     pub(super) clients: usize,
-    /// How long a client is kept that was never answered.
-    pub(super) unanswered: Duration,
-    /// How long a client is kept that was.
-    pub(super) answered: Duration,
+    /// How long an idle client is kept.
+    pub(super) times: UdpTimes,
 }
 
 /// A client's way to its endpoint.
@@ -200,7 +199,7 @@ impl Server {
                 client,
                 Arc::clone(&socket),
                 Arc::clone(&used),
-                (self.relay.unanswered, self.relay.answered),
+                self.relay.times,
                 place,
             ));
             self.sessions.insert(client, Session { endpoint, socket, used, answers });
@@ -227,10 +226,10 @@ async fn answer(
     client: SocketAddr,
     socket: Arc<UdpSocket>,
     used: Arc<Used>,
-    (unanswered, answered): (Duration, Duration),
+    times: UdpTimes,
     _place: Place,
 ) -> SocketAddr {
-    let mut idle = unanswered;
+    let mut idle = times.single;
     loop {
         let until = used.last() + idle;
         let Ok(ready) = tokio::time::timeout_at(until.into(), socket.readable()).await else {
@@ -246,7 +245,9 @@ async fn answer(
         for _ in 0..BURST {
             match socket.try_recv(&mut buffer) {
                 Ok(length) => {
-                    idle = answered;
+                    if used.begin.elapsed() >= times.stream_after {
+                        idle = times.stream;
+                    }
                     used.touch();
                     // A client that is gone is its own affair.
                     let _ = listener.send_to(&buffer[..length], client).await;

@@ -62,11 +62,12 @@ fn large_and_empty_datagrams_go_through() {
 }
 
 #[test]
-fn idle_clients_are_forgotten_sooner_if_nobody_answered() {
+fn idle_clients_are_forgotten_sooner_if_there_was_no_conversation() {
     let net = Net::new(2);
     let mut host = net.relays(Family::V4, |settings| {
-        settings.udp_unanswered = Duration::from_millis(300);
-        settings.udp_answered = Duration::from_millis(900);
+        settings.udp.single = Duration::from_millis(300);
+        settings.udp.stream = Duration::from_millis(900);
+        settings.udp.stream_after = Duration::ZERO;
     });
     net.serve(Family::V4, 1);
     // The second pod takes datagrams and says nothing.
