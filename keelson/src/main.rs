@@ -5,6 +5,7 @@
 //! * `paths`, `instance`, `node`: where things are, who holds them, what the machine is called.
 //! * `up`, `agent`, `proxy`, `control_plane`: the parts, wired together.
 //! * `down`, `status`, `image`, `kubeconfig`: what works on a running or stopped instance.
+//! * `explain`: why something is as it is; `manifests`: objects from files instead of the API.
 //! * `demo`, `demo_web`: the example that `up --demo` shows.
 //! * `notify`, `detach`: systemd and the background.
 
@@ -16,9 +17,11 @@ mod demo;
 mod demo_web;
 mod detach;
 mod down;
+mod explain;
 mod image;
 mod instance;
 mod kubeconfig;
+mod manifests;
 mod node;
 mod notify;
 mod paths;
@@ -31,7 +34,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
-use cli::{Cli, Command, LogFormat};
+use cli::{Cli, Command, ExplainCommand, LogFormat};
 
 fn main() -> ExitCode {
     // The runtime starts this program again for a moment to make a container. That must come before
@@ -78,6 +81,7 @@ fn run_command(cli: Cli) -> anyhow::Result<()> {
         Command::Up(args) => up::run(&args),
         Command::Agent(args) => agent::run(&args),
         Command::Proxy(args) => proxy::run(&args),
+        Command::Explain(ExplainCommand::Packet(args)) => explain::packet(&args),
         Command::ControlPlane(args) => control_plane::run(&args),
     }
 }

@@ -7,11 +7,12 @@ use std::{
 
 use anyhow::{Context, bail};
 use ipnet::IpNet;
-use keelson_proxy::{DetectLocal, Mode, NodePortAddresses, ProxyConfig};
+use keelson_proxy::{DetectLocal, Family, Mode, NodePortAddresses, ProxyConfig, Snapshot};
 
 use crate::{
-    cli::ProxyArgs,
+    cli::{FamilyName, ProxyArgs},
     config::{ProxySettings, duration},
+    manifests::Manifests,
     node, notify, run,
 };
 
@@ -221,6 +222,9 @@ fn bind_address(field: &str, text: &str, port: u16) -> anyhow::Result<Option<Soc
 /// When it can't start.
 pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
     let settings = ProxySettings::read(args.config.as_deref(), &args.flags)?;
+    if args.dry_run {
+        return dry_run(args, &settings);
+    }
     crate::runtime()?.block_on(async {
         if args.cleanup {
             let cleanup = tokio::task::spawn_blocking(keelson_proxy::cleanup).await;
@@ -245,6 +249,33 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
         let (ended, ()) = tokio::join!(proxy, watchdog);
         ended.context("the proxy")?.context("the proxy")
     })
+}
+
+/// Prints the rules for the objects of some manifests; what is wrong with them goes to standard
+/// error.
+fn dry_run(args: &ProxyArgs, settings: &ProxySettings) -> anyhow::Result<()> {
+    let mut manifests = Manifests::read(&args.services)?;
+    manifests.choose_node(settings.hostname_override.as_deref())?;
+    let named = manifests.objects.node.as_ref().and_then(|node| node.metadata.name.clone());
+    let name = match named {
+        Some(name) => name,
+        None => node::name(settings.hostname_override.as_deref())?,
+    };
+    let mut config = config(settings, &name, Vec::new(), None)?;
+    config.families = match args.family {
+        None => Vec::new(),
+        Some(FamilyName::Ipv4) => vec![Family::V4],
+        Some(FamilyName::Ipv6) => vec![Family::V6],
+    };
+    let (snapshot, refusals) = Snapshot::new(config, &manifests.objects);
+    for problem in &manifests.problems {
+        eprintln!("keelson: {problem}");
+    }
+    for refusal in &refusals {
+        eprintln!("keelson: {}", manifests.place(refusal));
+    }
+    print!("{}", snapshot.rules());
+    Ok(())
 }
 
 /// Makes it less likely that the kernel kills this process when memory is short.

@@ -6,12 +6,12 @@ use std::{
 };
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::model::Family;
 
 /// How rules are put into force.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// nftables, written over netlink.
@@ -37,7 +37,7 @@ impl Mode {
 /// How traffic of this node's pods is told from traffic of others (`detectLocalMode`). What comes
 /// to a cluster address from elsewhere is masqueraded, and pods may use addresses for the outside
 /// as if they were cluster addresses.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum DetectLocal {
     /// Nothing is known to come from pods, so nothing is masqueraded for coming from elsewhere.
@@ -54,7 +54,7 @@ pub enum DetectLocal {
 }
 
 /// Which of the node's addresses answer on node ports.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NodePortAddresses {
     /// The node's own addresses, as its Node object has them: what kube-proxy's nftables mode does
     /// unless told otherwise.
@@ -64,7 +64,7 @@ pub enum NodePortAddresses {
 }
 
 /// The kernel's connection table. A limit or time-out that is `None` or zero stays as it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ConntrackConfig {
     /// Connections for each CPU core.
@@ -104,7 +104,7 @@ impl Default for ConntrackConfig {
 }
 
 /// What the proxy can be told. Names follow `KubeProxyConfiguration`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxyConfig {
     /// The node's name: which endpoints are local, and whose addresses answer on node ports.

@@ -25,6 +25,7 @@ mod backend;
 mod config;
 mod conntrack;
 mod drift;
+mod explain;
 mod health;
 mod health_check;
 mod iptables;
@@ -42,6 +43,7 @@ mod proxier;
 mod ruleset;
 #[cfg(test)]
 mod run_test;
+mod snapshot;
 mod start;
 mod sysctl;
 mod userspace;
@@ -66,7 +68,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 pub use config::{ConntrackConfig, DetectLocal, Mode, NodePortAddresses, ProxyConfig};
-pub use model::Family;
+pub use explain::{Candidate, Explanation, Origin, Packet, Verdict};
+pub use model::{Family, Protocol};
+pub use snapshot::{Objects, Refusal, Snapshot};
 
 use crate::{
     conntrack::Cleaner,
@@ -102,6 +106,9 @@ pub enum ProxyError {
     /// The relays of the userspace mode can't start, or their routes can't be removed.
     #[error("relays of the userspace mode: {0}")]
     Relays(String),
+    /// What is in force can't be read.
+    #[error("the rules in force can't be read: {0}")]
+    Unreadable(String),
     /// The kernel has no IPv6.
     #[error("the kernel has no IPv6")]
     NoIpv6,

@@ -39,19 +39,9 @@ pub(crate) struct Metrics {
 /// Metrics that only one mode has.
 #[derive(Clone, Debug)]
 enum Own {
-    Nftables {
-        sync_failures: IntCounterVec,
-        cleanup_failures: IntCounterVec,
-    },
-    Iptables {
-        restore_failures: IntCounterVec,
-        partial_restore_failures: IntCounterVec,
-        rules: IntGaugeVec,
-        last_rules: IntGaugeVec,
-    },
-    Userspace {
-        failures: IntCounterVec,
-    },
+    Nftables { sync_failures: IntCounterVec, cleanup_failures: IntCounterVec },
+    Iptables { restore_failures: IntCounterVec, partial_restore_failures: IntCounterVec },
+    Userspace { failures: IntCounterVec },
 }
 
 impl Own {
@@ -63,9 +53,6 @@ impl Own {
                 counter.with_label_values(&[family.as_str()]).inc_by(0);
             }
             kept(registry, counter)
-        };
-        let gauge = |name: &str, help: &str| {
-            kept(registry, IntGaugeVec::new(Opts::new(name, help), &["ip_family", "table"])?)
         };
         Ok(match mode {
             Mode::Nftables => Self::Nftables {
@@ -86,14 +73,6 @@ impl Own {
                 partial_restore_failures: counter(
                     "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total",
                     "Times that iptables-restore of single Services failed.",
-                )?,
-                rules: gauge(
-                    "kubeproxy_sync_proxy_rules_iptables_total",
-                    "Rules that the proxy has in the kernel.",
-                )?,
-                last_rules: gauge(
-                    "kubeproxy_sync_proxy_rules_iptables_last",
-                    "Rules that the last change wrote.",
                 )?,
             },
             Mode::Userspace => Self::Userspace {
@@ -278,15 +257,6 @@ impl Metrics {
     pub(crate) fn cleanup_failed(&self, family: Family) {
         if let Own::Nftables { cleanup_failures, .. } = &self.own {
             cleanup_failures.with_label_values(&[family.as_str()]).inc();
-        }
-    }
-
-    /// How many rules a table has, and how many of them the last change wrote.
-    pub(crate) fn rules(&self, family: Family, table: &str, total: usize, last: usize) {
-        if let Own::Iptables { rules, last_rules, .. } = &self.own {
-            let labels = &[family.as_str(), table];
-            rules.with_label_values(labels).set(total as i64);
-            last_rules.with_label_values(labels).set(last as i64);
         }
     }
 

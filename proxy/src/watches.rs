@@ -131,16 +131,16 @@ pub(crate) async fn node(
     let api: Api<Node> = Api::all(client);
     let mut stream = Box::pin(watcher::watch_object(api, &name).default_backoff());
     while let Some(next) = next(&mut stream, &shutdown).await {
-        let zone = match &next {
-            Ok(Some(node)) => node.metadata.labels.as_ref().and_then(|l| l.get(ZONE)).cloned(),
+        let here = match &next {
+            Ok(Some(node)) => self::place(&name, Some(node)),
             // Without its object nobody knows; what was known stays.
-            Ok(None) => place.borrow().as_ref().and_then(|here| here.zone.clone()),
+            Ok(None) => place.borrow().clone().unwrap_or_else(|| self::place(&name, None)),
             Err(error) => {
                 tracing::warn!(%error, node = name, "the node can't be watched; trying again");
                 continue;
             }
         };
-        let here = Some(Place { node: name.clone(), zone });
+        let here = Some(here);
         place.send_if_modified(|known| {
             let moved = *known != here;
             known.clone_from(&here);
@@ -166,11 +166,7 @@ pub(crate) async fn pod_cidrs(
     while let Some(next) = next(&mut stream, shutdown).await {
         match next {
             Ok(node) => {
-                let spec = node.and_then(|node| node.spec).unwrap_or_default();
-                let texts = spec.pod_cidrs.into_iter().flatten().chain(spec.pod_cidr);
-                let mut ranges: Vec<IpNet> = texts.filter_map(|text| text.parse().ok()).collect();
-                ranges.sort_unstable();
-                ranges.dedup();
+                let ranges = node.as_ref().map(ranges_of).unwrap_or_default();
                 if !ranges.is_empty() {
                     return Some(ranges);
                 }
@@ -184,14 +180,32 @@ pub(crate) async fn pod_cidrs(
     None
 }
 
+/// Where a node is.
+pub(crate) fn place(name: &str, node: Option<&Node>) -> Place {
+    let labels = node.and_then(|node| node.metadata.labels.as_ref());
+    Place { node: name.to_owned(), zone: labels.and_then(|l| l.get(ZONE)).cloned() }
+}
+
+/// The ranges of a node's pods.
+pub(crate) fn ranges_of(node: &Node) -> Vec<IpNet> {
+    let spec = node.spec.iter();
+    let texts = spec.flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
+    let mut ranges: Vec<IpNet> = texts.filter_map(|text| text.parse().ok()).collect();
+    ranges.sort_unstable();
+    ranges.dedup();
+    ranges
+}
+
+/// A node's own addresses.
+pub(crate) fn node_addresses(node: &Node) -> Vec<IpAddr> {
+    let status = node.status.iter();
+    let addresses = status.flat_map(|status| status.addresses.iter().flatten());
+    let internal = addresses.filter(|address| address.type_ == "InternalIP");
+    internal.filter_map(|address| address.address.parse().ok()).collect()
+}
+
 fn node_change(node: &Node) -> ChangeKind {
-    let addresses = node
-        .status
-        .iter()
-        .flat_map(|status| status.addresses.iter().flatten())
-        .filter(|address| address.type_ == "InternalIP")
-        .filter_map(|address| address.address.parse().ok())
-        .collect();
+    let addresses = node_addresses(node);
     let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
     let leaving = node.metadata.deletion_timestamp.is_some()
         || taints.into_iter().any(|taint| taint.key == TO_BE_DELETED);

@@ -366,7 +366,7 @@ pub(crate) fn read(programs: &Programs) -> Result<Present, BackendError> {
     Ok(present)
 }
 
-fn node_addresses(desired: &Desired, family: Family) -> Vec<IpAddr> {
+pub(super) fn node_addresses(desired: &Desired, family: Family) -> Vec<IpAddr> {
     let mut node: Vec<IpAddr> = desired
         .units()
         .filter_map(|unit| match unit {

@@ -30,6 +30,7 @@ pub(crate) mod apply;
 pub(crate) mod base;
 pub(crate) mod canary;
 pub(crate) mod chain;
+mod compare;
 pub(crate) mod held;
 pub(crate) mod observe;
 pub(crate) mod program;
@@ -42,7 +43,8 @@ mod golden;
 #[cfg(test)]
 mod kernel_test;
 
-pub(crate) use apply::{Rules, cleanup};
+pub(crate) use apply::{Rules, cleanup, text};
+pub(crate) use compare::missing;
 
 use crate::{
     config::{DetectLocal, NodePortAddresses},

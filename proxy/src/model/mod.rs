@@ -14,7 +14,7 @@ pub(crate) mod eligible;
 pub(crate) mod objects;
 pub(crate) mod table;
 
-use std::{fmt, net::IpAddr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 /// IPv4 or IPv6: each has a table of its own in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -50,10 +50,23 @@ impl Family {
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Protocol {
+pub enum Protocol {
+    /// TCP.
     Tcp,
+    /// UDP.
     Udp,
+    /// SCTP.
     Sctp,
+}
+
+impl FromStr for Protocol {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = [Self::Tcp, Self::Udp, Self::Sctp].into_iter();
+        let mut named = known.filter(|protocol| protocol.to_string().eq_ignore_ascii_case(text));
+        named.next().ok_or_else(|| format!("{text:?} is not a protocol: tcp, udp or sctp is"))
+    }
 }
 
 impl Protocol {

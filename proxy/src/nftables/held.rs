@@ -97,6 +97,11 @@ impl Held {
         addresses.chain(frontends.map(|f| Unit::Frontend(*f)))
     }
 
+    /// What is there for a frontend.
+    pub(crate) fn frontend(&self, frontend: &Frontend) -> Option<&HeldFrontend> {
+        self.frontends.get(frontend)
+    }
+
     /// How many units are there.
     pub(crate) fn len(&self) -> usize {
         self.frontends.len() + self.addresses.len()

@@ -33,6 +33,7 @@ mod plan;
 mod recent;
 mod routes;
 mod tcp;
+mod text;
 mod udp;
 
 #[cfg(test)]
@@ -56,7 +57,7 @@ use self::{
     apply::{Order, Relaying},
     plan::{Changes, Front},
 };
-pub(crate) use self::{limits::Limits, metrics::RelayMetrics};
+pub(crate) use self::{limits::Limits, metrics::RelayMetrics, text::text};
 use crate::{
     backend::{Applied, Backend, BackendError, Forget, Goal},
     config::{DetectLocal, NodePortAddresses},

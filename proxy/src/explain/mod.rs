@@ -1,0 +1,411 @@
+//! Why a packet goes where it goes.
+//!
+//! A pure function over the same tables that make the rules: [`Snapshot::explain`] looks a packet's
+//! addresses up as the rules do, and says which Service has them, by which rule, which endpoints are
+//! eligible and why the others are not. [`check`] holds the answer against the kernel.
+
+mod check;
+mod text;
+mod why;
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use keelson_api::object::ObjectKey;
+use serde::Serialize;
+
+use crate::{
+    Protocol,
+    config::{DetectLocal, Mode, NodePortAddresses},
+    iptables::chain::{Kind, OwnChain, PortName},
+    model::{Family, objects::TrafficPolicy, table::PortPlan},
+    nftables::layout::{self, PickChain},
+    ruleset::{Action, AddressSet, Frontend, Lane, Masquerade},
+    snapshot::Snapshot,
+};
+
+pub use why::Candidate;
+
+/// Where a packet comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// A pod, as far as `detectLocalMode` can tell.
+    Pod,
+    /// The node itself.
+    Node,
+    /// Somewhere else.
+    Outside,
+}
+
+/// The first packet of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// The client.
+    pub from: IpAddr,
+    /// Whether the client is known to be a pod of this node: where pods are told by their interface
+    /// its address doesn't tell.
+    pub from_pod_here: bool,
+    /// What the client connects to.
+    pub to: IpAddr,
+    /// And at which port.
+    pub port: u16,
+    /// And how.
+    pub protocol: Protocol,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It goes to one of the eligible endpoints.
+    Forwarded,
+    /// It is dropped.
+    Dropped,
+    /// It is answered with a reset or port unreachable.
+    Rejected,
+    /// The proxy has no part in it.
+    NotServices,
+}
+
+/// The answer. It prints itself for people, and serializes for programs.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Explanation {
+    /// The packet in words.
+    pub packet: String,
+    /// Where it comes from.
+    pub origin: Origin,
+    /// What becomes of it.
+    pub verdict: Verdict,
+    /// And why.
+    pub reason: String,
+    /// The Service, as namespace/name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
+    /// Its port, by name and number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service_port: Option<String>,
+    /// As what the address belongs to the Service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reached_as: Option<&'static str>,
+    /// The rules that it passes, in order.
+    pub rules: Vec<String>,
+    /// Whether the endpoint sees the node's address instead of the client's, and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub masquerade: Option<(bool, &'static str)>,
+    /// How many seconds the client stays with its endpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub affinity_seconds: Option<u64>,
+    /// Every endpoint of the port, and whether it is eligible.
+    pub endpoints: Vec<Candidate>,
+    /// What the kernel has otherwise; absent if it wasn't asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<Vec<String>>,
+    #[serde(skip)]
+    frontend: Option<Frontend>,
+}
+
+impl Snapshot {
+    /// Follows a packet through the rules.
+    pub fn explain(&self, packet: &Packet) -> Explanation {
+        let origin = self.origin(packet);
+        let mut answer = Explanation {
+            packet: format!("{} {} → {}", packet.protocol, packet.from, at(packet)),
+            origin,
+            verdict: Verdict::NotServices,
+            reason: String::new(),
+            service: None,
+            service_port: None,
+            reached_as: None,
+            rules: Vec::new(),
+            masquerade: None,
+            affinity_seconds: None,
+            endpoints: Vec::new(),
+            kernel: None,
+            frontend: None,
+        };
+        let family = Family::of(packet.to);
+        if family != Family::of(packet.from) {
+            answer.reason = "client and address are of different families".into();
+        } else if !self.families.contains(&family) {
+            answer.reason = format!("{} is not served", family.as_str());
+        } else if let Some((frontend, action)) = self.find(packet, origin) {
+            self.describe(packet, frontend, action, &mut answer);
+        } else if self.desired.has_address(AddressSet::ClusterAddresses, packet.to) {
+            answer.verdict = Verdict::Rejected;
+            answer.reason = "the address is a Service's, but none has this port".into();
+            if self.config.mode == Mode::Nftables {
+                answer.rules.push(format!("set {}: {}", layout::CLUSTER_IPS, packet.to));
+            }
+        } else {
+            answer.reason = "no Service has this address and port".into();
+        }
+        answer
+    }
+
+    fn origin(&self, packet: &Packet) -> Origin {
+        let pod = match &self.config.detect_local {
+            DetectLocal::Ranges(ranges) => ranges.iter().any(|range| range.contains(&packet.from)),
+            DetectLocal::Interface(_) | DetectLocal::InterfacePrefix(_) => packet.from_pod_here,
+            DetectLocal::Nothing | DetectLocal::NodeCidr => false,
+        };
+        let from = packet.from;
+        if from.is_loopback() || self.config.node_ips.contains(&from) {
+            Origin::Node
+        } else if pod {
+            Origin::Pod
+        } else {
+            Origin::Outside
+        }
+    }
+
+    /// The frontend that the packet's addresses lead to, as the rules look them up: for clients
+    /// inside first among what is for them alone, then among what is for everybody.
+    fn find(&self, packet: &Packet, origin: Origin) -> Option<(Frontend, &Action)> {
+        let inside = origin != Origin::Outside;
+        let node_port = self.answers_on_node_ports(packet.to);
+        let lanes = [
+            (Lane::AddressInside, inside),
+            (Lane::Address, true),
+            (Lane::NodePortInside, inside && node_port),
+            (Lane::NodePort, node_port),
+        ];
+        lanes.into_iter().filter(|(_, looked_up)| *looked_up).find_map(|(lane, _)| {
+            let frontend = Frontend {
+                family: Family::of(packet.to),
+                lane,
+                address: lane.with_address().then_some(packet.to),
+                protocol: packet.protocol,
+                port: packet.port,
+            };
+            Some((frontend, self.desired.action(&frontend)?))
+        })
+    }
+
+    fn answers_on_node_ports(&self, address: IpAddr) -> bool {
+        let node = self.desired.has_address(AddressSet::NodeAddresses, address);
+        match &self.config.node_port_addresses {
+            NodePortAddresses::Primary => node,
+            NodePortAddresses::Ranges(ranges) => {
+                let loopback = address.is_loopback();
+                // Other addresses of the node than those of its object are known to the node only.
+                (node || loopback && self.serves_loopback(address))
+                    && ranges.iter().any(|range| range.contains(&address))
+            }
+        }
+    }
+
+    fn serves_loopback(&self, address: IpAddr) -> bool {
+        self.config.mode == Mode::Iptables && self.config.localhost_node_ports && address.is_ipv4()
+    }
+
+    fn describe(
+        &self,
+        packet: &Packet,
+        frontend: Frontend,
+        action: &Action,
+        answer: &mut Explanation,
+    ) {
+        answer.frontend = Some(frontend);
+        let Some(owner) = self.desired.owner(&frontend) else { return };
+        answer.service = Some(owner.to_string());
+        let (plans, _) = self.objects.ports(owner, &[frontend.family]).unwrap_or_default();
+        let plan = plans.iter().find(|plan| {
+            plan.port.protocol == frontend.protocol
+                && match frontend.address {
+                    Some(_) => plan.port.port == frontend.port,
+                    None => plan.port.node_port == Some(frontend.port),
+                }
+        });
+        let Some(plan) = plan else { return };
+        let name = if plan.port.name.is_empty() { "" } else { " " };
+        answer.service_port = Some(format!("{}{name}{}", plan.port.port, plan.port.name));
+        answer.reached_as = Some(reached_as(&frontend, plan));
+        let policy = policy(&frontend, plan);
+        answer.endpoints =
+            why::candidates(plan, self.objects.slices_of(owner), policy == TrafficPolicy::Local);
+        self.judge(packet, action, policy, answer);
+        answer.rules = self.passes(&frontend, action, owner, plan);
+    }
+
+    fn judge(
+        &self,
+        packet: &Packet,
+        action: &Action,
+        policy: TrafficPolicy,
+        answer: &mut Explanation,
+    ) {
+        match action {
+            Action::Forward { sources: Some(sources), .. } if !admits(sources, packet.from) => {
+                answer.verdict = Verdict::Dropped;
+                answer.reason = format!("{} is in none of loadBalancerSourceRanges", packet.from);
+                for endpoint in &mut answer.endpoints {
+                    endpoint.refuse("the client is not in loadBalancerSourceRanges");
+                }
+            }
+            Action::Forward { endpoints, masquerade, affinity, .. } => {
+                answer.verdict = Verdict::Forwarded;
+                answer.reason = match (endpoints.len(), policy) {
+                    (1, _) => "the one eligible endpoint".into(),
+                    (n, TrafficPolicy::Cluster) => format!("one of {n} endpoints at random"),
+                    (n, TrafficPolicy::Local) => {
+                        format!("one of {n} endpoints on this node at random")
+                    }
+                };
+                answer.affinity_seconds = affinity.map(|affinity| affinity.as_secs());
+                answer.masquerade = Some(self.masquerade(*masquerade, answer.origin));
+            }
+            Action::Drop => {
+                answer.verdict = Verdict::Dropped;
+                answer.reason =
+                    "the traffic policy is Local, and no endpoint is on this node".into();
+            }
+            Action::Reject | Action::Nothing => {
+                answer.verdict = Verdict::Rejected;
+                answer.reason = "the Service has no endpoint that is ready".into();
+            }
+        }
+    }
+
+    fn masquerade(&self, masquerade: Masquerade, origin: Origin) -> (bool, &'static str) {
+        if self.config.mode == Mode::Userspace {
+            return (true, "relays connect with the node's own address");
+        }
+        match masquerade {
+            Masquerade::Always => (true, "the endpoint may be on another node"),
+            Masquerade::Never => {
+                (false, "the endpoint is on this node (externalTrafficPolicy: Local)")
+            }
+            Masquerade::OffCluster if self.config.masquerade_all => (true, "masqueradeAll is set"),
+            Masquerade::OffCluster => match (&self.config.detect_local, origin) {
+                (_, Origin::Node) => (false, "the node's own address needs no hiding"),
+                (DetectLocal::Nothing, _) => {
+                    (false, "no range of pods is known, so nobody is known to be outside it")
+                }
+                (_, Origin::Pod) => (false, "the client is a pod"),
+                (_, Origin::Outside) => (true, "the client is outside the cluster"),
+            },
+        }
+    }
+
+    /// The rules by their names in the mode's own terms.
+    fn passes(
+        &self,
+        frontend: &Frontend,
+        action: &Action,
+        owner: &ObjectKey,
+        plan: &PortPlan<'_>,
+    ) -> Vec<String> {
+        let key = match frontend.address {
+            Some(address) => format!("{address} . {} . {}", frontend.protocol, frontend.port),
+            None => format!("{} . {}", frontend.protocol, frontend.port),
+        };
+        match self.config.mode {
+            Mode::Nftables => nftables_rules(frontend, action, &key.to_lowercase()),
+            Mode::Iptables => iptables_rules(frontend, action, owner, plan),
+            Mode::Userspace => match action {
+                Action::Forward { .. } => vec![format!("listener at {key}")],
+                _ => vec!["no listener: the kernel itself rejects".into()],
+            },
+        }
+    }
+}
+
+fn nftables_rules(frontend: &Frontend, action: &Action, key: &str) -> Vec<String> {
+    let maps = layout::lane_maps(frontend.lane);
+    match action {
+        Action::Forward { endpoints, masquerade, affinity, sources } => {
+            let chain = PickChain {
+                lane: frontend.lane,
+                masquerade: *masquerade,
+                sticky: affinity.is_some(),
+                count: u32::try_from(endpoints.len()).unwrap_or(u32::MAX),
+            };
+            let mut rules = Vec::new();
+            if sources.is_some() {
+                rules.push(format!("map firewall: {key} → goto sources-…"));
+            }
+            rules.push(format!("map {}: {key} → goto {}", maps.verdicts, chain.name()));
+            if affinity.is_some() {
+                rules.push(format!("map {}: the endpoint of this client before", layout::AFFINITY));
+            }
+            rules.push(format!("map {}: {key} . random → endpoint", maps.endpoints));
+            rules
+        }
+        Action::Drop => vec![format!("map {}: {key} → drop", maps.verdicts)],
+        Action::Reject | Action::Nothing => maps
+            .rejects
+            .map(|map| format!("map {map}: {key} → goto {}", layout::REJECT))
+            .into_iter()
+            .collect(),
+    }
+}
+
+fn iptables_rules(
+    frontend: &Frontend,
+    action: &Action,
+    owner: &ObjectKey,
+    plan: &PortPlan<'_>,
+) -> Vec<String> {
+    let name = PortName {
+        namespace: &owner.namespace,
+        service: &owner.name,
+        port: &plan.port.name,
+        protocol: plan.port.protocol,
+    };
+    let chain = |kind| format!("nat: chain {}", OwnChain::of_port(kind, name));
+    let first = match frontend.address {
+        Some(_) => "KUBE-SERVICES",
+        None => "KUBE-NODEPORTS",
+    };
+    let Action::Forward { endpoints, sources, .. } = action else {
+        let first = if frontend.address == Some(plan.cluster_ip) {
+            "KUBE-SERVICES"
+        } else {
+            "KUBE-EXTERNAL-SERVICES"
+        };
+        return vec![format!("filter: chain {first}, the rule with \"{name}\"")];
+    };
+    let local = policy(frontend, plan) == TrafficPolicy::Local;
+    let mut rules = vec![format!("nat: chain {first}, the rule with \"{name}\"")];
+    if sources.is_some() {
+        rules.push(chain(Kind::Firewall));
+    }
+    if frontend.address != Some(plan.cluster_ip) {
+        rules.push(chain(Kind::External));
+    }
+    rules.push(chain(if local { Kind::Local } else { Kind::Cluster }));
+    let one = endpoints.iter().map(|e| OwnChain::of_endpoint(name, *e).to_string());
+    rules.push(format!("nat: one of {}", one.collect::<Vec<_>>().join(", ")));
+    rules
+}
+
+fn admits(sources: &[IpNet], client: IpAddr) -> bool {
+    sources.iter().any(|range| range.contains(&client))
+}
+
+fn at(packet: &Packet) -> String {
+    std::net::SocketAddr::new(packet.to, packet.port).to_string()
+}
+
+fn reached_as(frontend: &Frontend, plan: &PortPlan<'_>) -> &'static str {
+    match frontend.address {
+        None => "node port",
+        Some(address) if address == plan.cluster_ip => "cluster address",
+        Some(address) if plan.load_balancer_ips().any(|a| a == address) => "load balancer address",
+        Some(_) => "external address",
+    }
+}
+
+/// Which policy counts: for clients inside, addresses for the outside are as the cluster's own.
+fn policy(frontend: &Frontend, plan: &PortPlan<'_>) -> TrafficPolicy {
+    match frontend.lane {
+        Lane::AddressInside | Lane::NodePortInside => TrafficPolicy::Cluster,
+        Lane::Address if frontend.address == Some(plan.cluster_ip) => plan.service.internal_policy,
+        Lane::Address | Lane::NodePort => plan.service.external_policy,
+    }
+}
+
+#[cfg(test)]
+mod tests;

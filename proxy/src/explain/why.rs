@@ -1,0 +1,77 @@
+//! Why an endpoint is eligible, or isn't.
+
+use serde::Serialize;
+
+use crate::model::{
+    eligible::{Topology, merged_endpoints},
+    objects::{Slice, SliceEndpoint},
+    table::PortPlan,
+};
+
+/// One endpoint of a Service's port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Candidate {
+    /// Its address and port.
+    pub endpoint: String,
+    /// Whether traffic may go there.
+    pub eligible: bool,
+    /// Why, or why not.
+    pub why: &'static str,
+}
+
+impl Candidate {
+    /// Makes it not eligible for a reason of the client's.
+    pub(super) fn refuse(&mut self, why: &'static str) {
+        if self.eligible {
+            self.eligible = false;
+            self.why = why;
+        }
+    }
+}
+
+/// All endpoints of a port, eligible or not.
+pub(super) fn candidates<'a>(
+    plan: &PortPlan<'_>,
+    slices: impl Iterator<Item = &'a Slice>,
+    local: bool,
+) -> Vec<Candidate> {
+    let all = merged_endpoints(slices, plan.port, plan.family);
+    let chosen = if local { &plan.eligible.local } else { &plan.eligible.cluster };
+    let candidates = all.into_iter().map(|(endpoint, state)| {
+        let eligible = chosen.contains(&endpoint);
+        let why = if eligible {
+            why_eligible(&state, local, plan.eligible.topology)
+        } else {
+            why_not(&state, local, plan.eligible.topology)
+        };
+        Candidate { endpoint: endpoint.to_string(), eligible, why }
+    });
+    candidates.collect()
+}
+
+fn why_eligible(state: &SliceEndpoint, local: bool, topology: Topology) -> &'static str {
+    match (state.ready, local, topology) {
+        (false, ..) => "it terminates, but serves still, and none is ready",
+        (true, true, _) => "ready, and on this node",
+        (true, false, Topology::Anywhere) => "ready",
+        (true, false, Topology::Node) => "ready, and its hints name this node",
+        (true, false, Topology::Zone) => "ready, and its hints name this zone",
+    }
+}
+
+fn why_not(state: &SliceEndpoint, local: bool, topology: Topology) -> &'static str {
+    if local && !state.local {
+        return "on another node, and the traffic policy is Local";
+    }
+    match (state.ready, state.serving, state.terminating) {
+        (true, ..) if !topology.admits(state) => match topology {
+            Topology::Node => "its hints name other nodes",
+            _ => "its hints name other zones",
+        },
+        (true, ..) => "there are more endpoints than are served",
+        (false, false, true) => "it terminates and doesn't serve any more",
+        (false, true, true) => "it terminates, and others are ready",
+        (false, ..) => "not ready",
+    }
+}
