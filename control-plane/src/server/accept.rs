@@ -179,7 +179,8 @@ where
     say_goodbye(connection.as_mut());
     if idle {
         // A client that answers no more is not waited for; requests that came meanwhile are.
-        let silent = busy.idle(GOODBYE, GOODBYE);
+        let patience = GOODBYE.min(limits.idle_timeout);
+        let silent = busy.idle(patience, patience);
         tokio::select! {
             ended = connection => ended,
             () = silent => Ok(()),

@@ -25,24 +25,25 @@ async fn connect(world: &World, protocol: &[u8]) -> TlsStream<TcpStream> {
     TlsConnector::from(Arc::new(tls)).connect(name, stream).await.unwrap()
 }
 
-fn impatient() -> Limits {
-    Limits {
-        header_timeout: Duration::from_millis(100),
-        idle_timeout: Duration::from_millis(200),
-        ..Limits::default()
-    }
+/// Closes what is idle at once, and gives this long for the beginning.
+fn impatient(header_timeout: Duration) -> Limits {
+    Limits { header_timeout, idle_timeout: Duration::from_millis(200), ..Limits::default() }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_says_nothing_loses_the_place() {
-    let world = world_with(impatient()).await;
+    let world = world_with(impatient(Duration::from_millis(100))).await;
     for protocol in [&b""[..], b"http/1.1", b"h2"] {
         let mut silent = connect(&world, protocol).await;
         let mut told = Vec::new();
         let ends = tokio::time::timeout(WAIT, silent.read_to_end(&mut told)).await;
         assert!(ends.is_ok(), "{protocol:?} is still open");
     }
-    // One that asked something goes too, when it has no more to ask.
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_no_more_to_ask_loses_the_place() {
+    let world = world_with(impatient(WAIT)).await;
     let mut quiet = connect(&world, b"http/1.1").await;
     quiet.write_all(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     let mut told = String::new();
@@ -52,7 +53,7 @@ async fn who_says_nothing_loses_the_place() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_is_not_idle() {
-    let world = world_with(impatient()).await;
+    let world = world_with(impatient(WAIT)).await;
     let mut watch = connect(&world, b"http/1.1").await;
     watch
         .write_all(
