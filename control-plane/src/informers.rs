@@ -24,6 +24,7 @@ use k8s_openapi::api::{
     coordination::v1::Lease,
     core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount},
     discovery::v1::EndpointSlice,
+    rbac::v1::ClusterRole,
 };
 use kube::{
     Api, Client, Resource,
@@ -281,6 +282,8 @@ pub struct Informers {
     pub default_accounts: Arc<Informer<ServiceAccount>>,
     /// ConfigMaps named `kube-root-ca.crt`, as above.
     pub root_ca_maps: Arc<Informer<ConfigMap>>,
+    /// Cluster roles.
+    pub cluster_roles: Arc<Informer<ClusterRole>>,
     /// The nodes' leases.
     pub leases: Arc<Informer<Lease>>,
     tasks: Tasks,
@@ -310,6 +313,7 @@ impl Informers {
                 named("kube-root-ca.crt"),
                 &tasks,
             ),
+            cluster_roles: Informer::start(Api::all(client.clone()), all(), &tasks),
             leases: Informer::start(
                 Api::namespaced(client.clone(), "kube-node-lease"),
                 all(),

@@ -12,12 +12,15 @@
 //! * [`replicaset`], [`deployment`]: pods, as many as asked for, and their updates.
 //! * [`endpointslice`]: which pods stand behind a Service.
 //! * [`namespace`], [`gc`]: what goes when something else goes.
+//! * [`mirror`]: EndpointSlices of Endpoints that somebody wrote by hand.
 //! * [`furnish`]: what every namespace has.
+//! * [`aggregation`]: cluster roles that are made of others.
 //! * [`node`], [`podgc`]: nodes that come, go and fall silent, and what that means for pods.
 //!
 //! Shared: [`queue`], [`change`] (small conditional writes), [`claim`] (adoption), [`expectations`]
 //! (what was written but not yet seen), [`pods`] and [`names`].
 
+mod aggregation;
 pub(crate) mod change;
 mod claim;
 mod deployment;
@@ -27,6 +30,7 @@ pub(crate) mod error;
 mod expectations;
 mod furnish;
 mod gc;
+mod mirror;
 mod names;
 mod namespace;
 mod node;
@@ -106,6 +110,10 @@ pub async fn run(
         let clients = endpointslice::Clients { slices, endpoints };
         Box::pin(endpointslice::run(clients, with, events, shutdown))
     });
+    let client = client_for("endpointslicemirroring-controller");
+    start.spawn(mirror::run(client, informers.clone(), shutdown.clone()));
+    let client = client_for("clusterrole-aggregation-controller");
+    start.spawn(aggregation::run(client, informers.clone(), shutdown.clone()));
     let client = client_for("namespace-controller");
     start.spawn(namespace::run(client, informers.clone(), shutdown.clone()));
     let client = client_for("generic-garbage-collector");

@@ -2,12 +2,18 @@
 //! (`kubectl apply`) and check objects.
 //!
 //! A document is made when it is asked for, from the table of types and the descriptions that the
-//! client library carries, and is not kept: it takes megabytes and is asked for rarely, since
+//! client library carries, and is kept for as long as clients ask for it: it takes megabytes, and
 //! clients keep what they got by its hash.
 
 mod describe;
 mod paths;
 mod types;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
@@ -35,7 +41,7 @@ pub fn v3_index(registry: &Registry) -> Value {
     for resource in registry.resources() {
         let path = document_path(resource);
         if !paths.contains_key(&path) {
-            let url = format!("/openapi/v3/{path}?hash={}", hash(&path));
+            let url = format!("/openapi/v3/{path}?hash={}", hash(registry, &path));
             paths.insert(path, json!({ "serverRelativeURL": url }));
         }
     }
@@ -60,12 +66,61 @@ pub fn v3(registry: &Registry, path: &str) -> Option<Value> {
     }))
 }
 
+/// A document as it is sent, and what it is known by.
+#[derive(Clone, Debug)]
+pub(crate) struct Document {
+    pub(crate) body: bytes::Bytes,
+    /// In quotes, as in `ETag`.
+    pub(crate) tag: String,
+}
+
+/// The documents that were asked for lately, and when: each is made once, since the resources do not
+/// change while the server runs.
+#[derive(Debug, Default)]
+pub(crate) struct Documents(Mutex<BTreeMap<String, (Document, Instant)>>);
+
+impl Documents {
+    /// The document at a path below `/openapi/`. Takes milliseconds the first time.
+    pub(crate) fn get(&self, registry: &Registry, path: &str) -> Option<Document> {
+        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((document, used)) = made.get_mut(path) {
+            *used = Instant::now();
+            return Some(document.clone());
+        }
+        let value = match path {
+            "v2" => v2(registry),
+            "v3" => v3_index(registry),
+            path => v3(registry, path.strip_prefix("v3/")?)?,
+        };
+        let body = bytes::Bytes::from(format!("{value}\n"));
+        let tag = match path.strip_prefix("v3/") {
+            Some(path) => format!("\"{}\"", hash(registry, path)),
+            None => crate::discovery::etag(&body),
+        };
+        let document = Document { body, tag };
+        made.insert(path.to_owned(), (document.clone(), Instant::now()));
+        Some(document)
+    }
+
+    /// Forgets what nobody asked for in so long a time.
+    pub(crate) fn forget(&self, unused: Duration) {
+        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        made.retain(|_, (_, used)| used.elapsed() < unused);
+    }
+}
+
 /// The hash that the index gives for a document, by which a client may keep it for good.
-pub fn hash(path: &str) -> String {
+pub fn hash(registry: &Registry, path: &str) -> String {
     let mut hasher = Sha256::new();
     hasher.update(env!("CARGO_PKG_VERSION"));
     hasher.update(API);
     hasher.update(path);
+    for resource in registry.resources().filter(|resource| document_path(resource) == path) {
+        hasher.update(format!(
+            "{} {:?} {:?}",
+            resource.plural, resource.verbs, resource.subresources
+        ));
+    }
     for part in crate::schema::schema().types() {
         hasher.update(part.name.as_bytes());
         for field in &part.fields {

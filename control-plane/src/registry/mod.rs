@@ -134,6 +134,11 @@ impl Resource {
         self.subresource("scale").is_some()
     }
 
+    /// Whether an update of an object that is not there creates it.
+    pub(crate) fn creates_on_update(&self) -> bool {
+        self.strategy.create_on_update
+    }
+
     /// Whether a verb is served on the resource itself.
     pub fn allows(&self, verb: &str) -> bool {
         self.verbs.contains(&verb)

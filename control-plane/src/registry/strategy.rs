@@ -25,6 +25,8 @@ pub(crate) struct Strategy {
     pub(crate) columns: &'static Columns,
     /// From the form that is stored.
     pub(crate) from_stored: Option<fn(&Value) -> Value>,
+    /// Whether an update of an object that is not there creates it (`AllowCreateOnUpdate`).
+    pub(crate) create_on_update: bool,
     /// To the form that is stored.
     pub(crate) to_stored: Option<fn(&Value) -> Value>,
 }
@@ -39,6 +41,7 @@ impl Strategy {
         fields: &[],
         columns: &crate::table::GENERIC,
         from_stored: None,
+        create_on_update: false,
         to_stored: None,
     };
 }

@@ -26,6 +26,7 @@ use crate::{
     auth::UserInfo,
     cache::{self, Cache, ResourceCache},
     metrics::Metrics,
+    openapi,
     registry::{Registry, Resource},
     status::Status,
     store::{Expect, Revision, Store, StoreError, Stored},
@@ -46,6 +47,7 @@ pub(crate) struct Core {
     pub(crate) reads: Arc<Semaphore>,
     pub(crate) writes: Arc<Semaphore>,
     pub(crate) metrics: Metrics,
+    pub(crate) documents: openapi::Documents,
     pub(crate) registered: prometheus::Registry,
     pub(crate) kubelet_tls: Option<Arc<rustls::ClientConfig>>,
     /// `address:port` by which others reach this server.

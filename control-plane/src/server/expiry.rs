@@ -1,4 +1,4 @@
-//! Events do not stay for ever.
+//! Events do not stay for ever, and neither do documents that nobody asks for.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,6 +8,9 @@ use serde_json::Value;
 use super::core::{Core, Refused, revision_of, text};
 use crate::lookup::Lookup as _;
 
+/// How long a document is kept that nobody asks for.
+const UNUSED: Duration = Duration::from_secs(600);
+
 /// Deletes events that are older than `keep`, until the shutdown.
 pub(crate) async fn run(core: Arc<Core>, keep: Duration) {
     let pause = (keep / 20).clamp(Duration::from_secs(1), Duration::from_secs(60));
@@ -16,6 +19,7 @@ pub(crate) async fn run(core: Arc<Core>, keep: Duration) {
             () = core.shutdown.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
         }
+        core.documents.forget(UNUSED);
         let Some(resource) = core.registry.resource("", "v1", "events").cloned() else { return };
         let keep = SignedDuration::try_from(keep).unwrap_or(SignedDuration::MAX);
         let limit = Timestamp::now().checked_sub(keep).unwrap_or(Timestamp::MIN);

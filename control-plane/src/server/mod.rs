@@ -26,6 +26,7 @@
 //! the authenticator; [`UserInfo`] in a request's extensions can come from this process only.
 
 mod accept;
+mod account_secrets;
 mod bootstrap;
 mod config;
 pub(crate) mod core;
@@ -34,6 +35,7 @@ mod idle;
 mod negotiate;
 mod nonresource;
 pub(crate) mod objects;
+mod openapi;
 mod peers;
 mod protobuf;
 mod refusal;
@@ -171,6 +173,7 @@ impl ApiServer {
             writes: Arc::new(Semaphore::new(config.limits.max_writes_in_flight)),
             limits: config.limits,
             metrics,
+            documents: crate::openapi::Documents::default(),
             registered: config.metrics,
             kubelet_tls: config.kubelet_tls,
             advertised: SocketAddr::new(config.advertise_address, address.port()).to_string(),
@@ -182,6 +185,7 @@ impl ApiServer {
         bootstrap::reconcile(&core, endpoint, &config.bootstrap_objects).await?;
         core.bootstrapped.store(true, Ordering::Release);
         core.tasks.spawn(accept::run(Arc::clone(&core), listener, config.tls));
+        core.tasks.spawn(account_secrets::run(Arc::clone(&core)));
         core.tasks.spawn(expiry::run(Arc::clone(&core), config.event_ttl));
         guard.disarm();
         tracing::info!(%address, "the API server is ready");

@@ -13,7 +13,6 @@ use super::{
 };
 use crate::{
     discovery::{self, AggregatedVersion},
-    openapi,
     registry::Registry,
     status::Status,
 };
@@ -30,9 +29,6 @@ pub(crate) fn serve(core: &Core, call: &Call, method: &Method) -> Result<Answer,
             let text = metrics::encode(&core.registered).map_err(Status::internal)?;
             Ok(respond::respond(StatusCode::OK, metrics::CONTENT_TYPE, respond::full(text)))
         }
-        ["openapi", "v2"] => plain(call, &openapi::v2(&core.registry)),
-        ["openapi", "v3"] => plain(call, &openapi::v3_index(&core.registry)),
-        ["openapi", "v3", path @ ..] => found(call, openapi::v3(&core.registry, &path.join("/"))),
         [".well-known", "openid-configuration"] => {
             let document = core.security.answers.openid_configuration();
             Ok(respond::document(StatusCode::OK, &document, Default::default()))
@@ -99,7 +95,7 @@ fn discover(
     Ok(answer)
 }
 
-fn has_already(call: &Call, tag: &str) -> bool {
+pub(super) fn has_already(call: &Call, tag: &str) -> bool {
     let known = call.headers.get(header::IF_NONE_MATCH).and_then(|value| value.to_str().ok());
     known.is_some_and(|known| known.split(',').any(|k| k.trim() == tag))
 }

@@ -11,7 +11,7 @@ use crate::{
     admission::{self, Refusal},
     auth::{
         self, Anonymous, Authorizers, UserInfo, reviews,
-        tokens::{TokenError, TokenIssuer, token_request},
+        tokens::{TokenError, TokenIssuer, secret, token_request},
     },
     lookup::Lookup,
 };
@@ -93,6 +93,15 @@ impl Answers {
         request: &Value,
     ) -> Result<Value, Refusal> {
         token_request(&self.tokens, namespace, service_account, request, Timestamp::now())
+    }
+
+    /// The token that a Secret of a service account is to hold.
+    pub(crate) fn secret_token(
+        &self,
+        account: &Value,
+        secret: &Value,
+    ) -> Result<String, TokenError> {
+        secret::issue(&self.tokens, account, secret, Timestamp::now())
     }
 
     /// `/.well-known/openid-configuration`.

@@ -29,6 +29,7 @@ use super::{
     negotiate::{self, Accepted},
     nonresource,
     objects::{delete, read, selection, subresources, watch, write},
+    openapi,
     request::RequestInfo,
     respond::{self, Answer, Body, BoxError},
     streams,
@@ -291,7 +292,10 @@ async fn dispatch(
 ) -> Result<Answer, Status> {
     let call = Call { info: info.clone(), user, headers: request.headers().clone() };
     if !info.resource_request {
-        return nonresource::serve(core, &call, request.method());
+        return match info.path.strip_prefix("/openapi/") {
+            Some(path) => openapi::serve(core, &call, request.method(), path).await,
+            None => nonresource::serve(core, &call, request.method()),
+        };
     }
     let resource = core
         .registry

@@ -3,6 +3,7 @@
 mod api;
 mod bounds;
 mod fixture;
+mod kinds;
 mod kubectl;
 mod pods;
 mod streams;

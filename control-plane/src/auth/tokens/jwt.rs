@@ -18,14 +18,26 @@ use super::TokenError;
 /// The longest token that is looked at.
 const MAX_TOKEN: usize = 16 * 1024;
 
+/// The end of a token that has none: it is good as long as the Secret that holds it is there.
+pub(crate) const NEVER: i64 = i64::MAX;
+
+fn never() -> i64 {
+    NEVER
+}
+
+// Serde hands out references.
+fn is_never(expiry: &i64) -> bool {
+    *expiry == NEVER
+}
+
 /// What a token says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claims {
     /// Whom it is for.
     #[serde(rename = "aud", deserialize_with = "one_or_many")]
     pub audiences: Vec<String>,
-    /// When it ends, in seconds since 1970.
-    #[serde(rename = "exp")]
+    /// When it ends, in seconds since 1970; [`NEVER`] for the token of a Secret.
+    #[serde(rename = "exp", default = "never", skip_serializing_if = "is_never")]
     pub expiry: i64,
     /// When it was made.
     #[serde(rename = "iat")]

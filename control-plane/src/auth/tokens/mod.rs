@@ -8,11 +8,13 @@
 //! * `jwt.rs`: the signature alone (ES256), and what the token says.
 //! * `verify.rs`: whether what it says is still so.
 //! * `request.rs`: the `token` subresource of service accounts.
+//! * `secret.rs`: tokens that are kept in Secrets and do not run out.
 //! * `discovery.rs`: the documents by which others can verify tokens.
 
 pub(crate) mod discovery;
 pub(crate) mod jwt;
 pub(crate) mod request;
+pub(crate) mod secret;
 pub(crate) mod verify;
 
 #[cfg(test)]
@@ -144,6 +146,9 @@ impl TokenIssuer {
         now: Timestamp,
     ) -> Result<Verified, TokenError> {
         let claims = self.signed_claims(token)?;
+        if claims.expiry == jwt::NEVER {
+            secret::check(&claims, token, &*self.lookup)?;
+        }
         verify::verify(&claims, audiences, &*self.lookup, now)
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
-use super::{Bound, Claims, TokenError};
+use super::{Bound, Claims, TokenError, jwt::NEVER};
 use crate::{
     auth::{
         UserInfo,
@@ -49,7 +49,11 @@ pub(crate) fn verify(
         return Err(TokenError::Malformed("its subject is not its service account"));
     }
     let time = |seconds| Timestamp::from_second(seconds).unwrap_or(Timestamp::MIN);
-    let (not_before, expiry) = (time(claims.not_before), time(claims.expiry));
+    let not_before = time(claims.not_before);
+    let expiry = match claims.expiry {
+        NEVER => Timestamp::MAX,
+        seconds => time(seconds),
+    };
     if now < not_before || now >= expiry {
         return Err(TokenError::Time { subject, not_before, expiry });
     }

@@ -6,7 +6,7 @@
 
 mod legacy;
 mod members;
-mod plan;
+pub(super) mod plan;
 
 use std::{sync::Arc, time::Duration};
 
@@ -187,7 +187,7 @@ impl Controller {
         });
         let selected = self.selected(&service, &key.namespace);
         let plan = plan::plan(&service, &selected, &self.zones(&selected), &existing);
-        let result = self.carry_out(&key, plan).await;
+        let result = carry_out(&self.client, &self.expectations, &key, plan).await;
         if let Err(error) = &result
             && !matches!(error.code(), 403 | 404 | 409)
         {
@@ -199,31 +199,6 @@ impl Controller {
             );
         }
         result.map(|()| None)
-    }
-
-    async fn carry_out(&self, key: &ObjectKey, plan: Plan) -> Result<(), ControllerError> {
-        let slices: Api<EndpointSlice> = Api::namespaced(self.client.clone(), &key.namespace);
-        for (before, after) in &plan.update {
-            change::write(&slices, &**before, after, Part::Main).await?;
-        }
-        for slice in &plan.create {
-            let name = slice.metadata.name.clone().unwrap_or_default();
-            self.expectations.expect(key, [name.clone()], []);
-            if let Err(error) = slices.create(&PostParams::default(), slice).await {
-                self.expectations.created(key, &name);
-                return Err(error).doing(|| format!("create endpointslice {name}"));
-            }
-        }
-        for slice in &plan.delete {
-            let name = slice.metadata.name.as_deref().unwrap_or_default();
-            match slices.delete(name, &DeleteParams::default()).await {
-                Err(error) if code(&error) != 404 => {
-                    return Err(error).doing(|| format!("delete endpointslice {name}"));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
     }
 
     async fn reconcile_endpoints(
@@ -264,6 +239,37 @@ impl Controller {
         }
         Ok(None)
     }
+}
+
+/// Writes the slices of one Service, and notes in `expectations` what was made.
+pub(super) async fn carry_out(
+    client: &Client,
+    expectations: &Expectations,
+    key: &ObjectKey,
+    plan: Plan,
+) -> Result<(), ControllerError> {
+    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), &key.namespace);
+    for (before, after) in &plan.update {
+        change::write(&slices, &**before, after, Part::Main).await?;
+    }
+    for slice in &plan.create {
+        let name = slice.metadata.name.clone().unwrap_or_default();
+        expectations.expect(key, [name.clone()], []);
+        if let Err(error) = slices.create(&PostParams::default(), slice).await {
+            expectations.created(key, &name);
+            return Err(error).doing(|| format!("create endpointslice {name}"));
+        }
+    }
+    for slice in &plan.delete {
+        let name = slice.metadata.name.as_deref().unwrap_or_default();
+        match slices.delete(name, &DeleteParams::default()).await {
+            Err(error) if code(&error) != 404 => {
+                return Err(error).doing(|| format!("delete endpointslice {name}"));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn zone_of(node: &Node) -> Option<String> {

@@ -15,7 +15,7 @@ use kube::{Client, client::Body};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-const KINDS: [(&str, &str, &str, bool); 13] = [
+const KINDS: [(&str, &str, &str, bool); 14] = [
     ("api/v1", "pods", "Pod", true),
     ("api/v1", "services", "Service", true),
     ("api/v1", "endpoints", "Endpoints", true),
@@ -29,6 +29,7 @@ const KINDS: [(&str, &str, &str, bool); 13] = [
     ("apis/discovery.k8s.io/v1", "endpointslices", "EndpointSlice", true),
     ("apis/coordination.k8s.io/v1", "leases", "Lease", true),
     ("apis/events.k8s.io/v1", "events", "Event", true),
+    ("apis/rbac.authorization.k8s.io/v1", "clusterroles", "ClusterRole", false),
 ];
 
 type Key = (String, String, String);

@@ -201,3 +201,38 @@ async fn a_deployment_lives_from_creation_to_collection() {
         .await;
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn endpoints_written_by_hand_and_aggregated_roles_are_followed() {
+    let cluster = Cluster::start();
+    let api = &cluster.api;
+    let service = json!({"metadata": {"name": "db", "namespace": "default"},
+        "spec": {"ports": [{"port": 5432}]}});
+    api.put("services", service);
+    let endpoints = json!({"metadata": {"name": "db", "namespace": "default"},
+        "subsets": [{"addresses": [{"ip": "192.0.2.1"}], "ports": [{"port": 5432}]}]});
+    api.put("endpoints", endpoints);
+    cluster.until("they are mirrored", |api| ready_endpoints(api) == 1).await;
+    let manager = "endpointslice.kubernetes.io/managed-by";
+    assert_eq!(
+        api.list("endpointslices")[0]["metadata"]["labels"][manager],
+        "endpointslicemirroring-controller.k8s.io"
+    );
+    let skip = json!({"metadata": {"labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}}});
+    api.change("endpoints", "default", "db", &skip);
+    cluster.until("they are not", |api| api.list("endpointslices").is_empty()).await;
+
+    let rule = |verb: &str| json!([{"verbs": [verb], "apiGroups": [""], "resources": ["pods"]}]);
+    let whole = json!({"metadata": {"name": "whole"}, "aggregationRule":
+        {"clusterRoleSelectors": [{"matchLabels": {"to": "whole"}}]}, "rules": rule("own")});
+    api.put("clusterroles", whole);
+    let part =
+        json!({"metadata": {"name": "part", "labels": {"to": "whole"}}, "rules": rule("get")});
+    api.put("clusterroles", part);
+    cluster
+        .until("the role has its part's rules", |api| {
+            api.get("clusterroles", "", "whole").unwrap()["rules"] == rule("get")
+        })
+        .await;
+    cluster.stop().await;
+}

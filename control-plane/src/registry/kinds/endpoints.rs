@@ -21,6 +21,7 @@ const PROTOCOLS: &[&str] = &["SCTP", "TCP", "UDP"];
 
 /// Endpoints.
 pub(in crate::registry) static ENDPOINTS: Strategy = Strategy {
+    create_on_update: true,
     default: |object| {
         for subset in items(object, "subsets") {
             default_ports(subset, false);

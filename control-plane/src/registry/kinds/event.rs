@@ -9,11 +9,17 @@ use crate::{
 };
 
 /// Events of the core group.
-pub(in crate::registry) static CORE: Strategy =
-    Strategy { validate, fields: FIELDS, columns: &crate::table::EVENT, ..Strategy::PLAIN };
+pub(in crate::registry) static CORE: Strategy = Strategy {
+    validate,
+    fields: FIELDS,
+    columns: &crate::table::EVENT,
+    create_on_update: true,
+    ..Strategy::PLAIN
+};
 
 /// Events of `events.k8s.io`.
 pub(in crate::registry) static EVENTS: Strategy = Strategy {
+    create_on_update: true,
     validate,
     fields: FIELDS,
     columns: &crate::table::EVENT,

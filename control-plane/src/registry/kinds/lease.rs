@@ -9,7 +9,7 @@ use crate::{
 
 /// Leases.
 pub(in crate::registry) static LEASE: Strategy =
-    Strategy { validate, columns: &crate::table::LEASE, ..Strategy::PLAIN };
+    Strategy { validate, columns: &crate::table::LEASE, create_on_update: true, ..Strategy::PLAIN };
 
 fn validate(new: &Value, _old: Option<&Value>, _: &str, errors: &mut Vec<FieldError>) {
     if let Some(seconds) = value::int(new, &["spec", "leaseDurationSeconds"])

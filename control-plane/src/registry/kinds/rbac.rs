@@ -16,11 +16,15 @@ const GROUP: &str = "rbac.authorization.k8s.io";
 
 /// Roles.
 pub(in crate::registry) static ROLE: Strategy =
-    Strategy { validate: validate_role, columns: &crate::table::ROLE, ..Strategy::PLAIN };
+    Strategy { validate: validate_role, ..CLUSTER_ROLE };
 
 /// Cluster roles.
-pub(in crate::registry) static CLUSTER_ROLE: Strategy =
-    Strategy { validate: validate_cluster_role, columns: &crate::table::ROLE, ..Strategy::PLAIN };
+pub(in crate::registry) static CLUSTER_ROLE: Strategy = Strategy {
+    validate: validate_cluster_role,
+    columns: &crate::table::ROLE,
+    create_on_update: true,
+    ..Strategy::PLAIN
+};
 
 /// Bindings of roles.
 pub(in crate::registry) static ROLE_BINDING: Strategy =
@@ -31,6 +35,7 @@ pub(in crate::registry) static CLUSTER_ROLE_BINDING: Strategy = Strategy {
     default,
     validate: validate_cluster_role_binding,
     columns: &crate::table::ROLE_BINDING,
+    create_on_update: true,
     ..Strategy::PLAIN
 };
 

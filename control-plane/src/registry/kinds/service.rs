@@ -19,6 +19,7 @@ use crate::{
 /// Cluster addresses and node ports are given by whoever stores the object; here they are kept and
 /// checked.
 pub(in crate::registry) static SERVICE: Strategy = Strategy {
+    create_on_update: true,
     default,
     prepare_create: |object| object["status"] = json!({"loadBalancer": {}}),
     prepare_update,

@@ -298,9 +298,32 @@ pub(crate) async fn update(
         let object = if finalize { finalized(old, &object) } else { object.clone() };
         Ok(Changed { object, warnings: warnings.clone(), applied: false })
     };
-    update_object(core, call, resource, target_of(call, resource), &change, &options)
-        .await?
-        .answer(call, resource)
+    let target = target_of(call, resource);
+    for _ in 0..RETRIES {
+        match update_object(core, call, resource, target, &change, &options).await {
+            Err(status) if status.code == 404 && puts(resource, target, &object) => {}
+            written => return written?.answer(call, resource),
+        }
+        core.authorize_create(call, resource)?;
+        let new = object.clone();
+        match create_object(core, call, resource, target, new, &options, true).await {
+            Ok(object) => {
+                return Written { object, created: true, warnings }.answer(call, resource);
+            }
+            Err(status) if status.reason == "AlreadyExists" => {}
+            Err(status) => return Err(status),
+        }
+    }
+    Err(Status::stale(&resource.group, &resource.plural, target.name))
+}
+
+/// Whether an update of what is not there means to create it: for the kinds that Kubernetes allows
+/// it for, unless the object says that it was there before.
+fn puts(resource: &Resource, target: Target<'_>, object: &Value) -> bool {
+    resource.creates_on_update()
+        && target.subresource.is_empty()
+        && text(object, "/metadata/uid").is_empty()
+        && matches!(text(object, "/metadata/resourceVersion"), "" | "0")
 }
 
 /// `namespaces/finalize` changes `spec.finalizers` and nothing else.

@@ -2,6 +2,7 @@
 
 mod containers;
 mod default;
+mod placement;
 mod security;
 mod spec;
 mod update;

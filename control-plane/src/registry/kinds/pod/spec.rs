@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{containers, security, volumes};
+use super::{containers, placement, security, volumes};
 use crate::{
     registry::{
         kinds::rules::{self, check_supported},
@@ -97,6 +97,7 @@ fn validate_spec(spec: &Value, path: &Path<'_>, errors: &mut Vec<FieldError>) {
     }
     security::pod(spec, path, errors);
     tolerations(spec, path, errors);
+    placement::validate(spec, path, errors);
     host_aliases(spec, path, errors);
 }
 
