@@ -125,6 +125,12 @@ impl ServiceTable {
         self.entries.iter().filter(|(_, entry)| entry.service.is_some()).map(|(key, _)| &**key)
     }
 
+    /// The key of a Service or of slices without one, to be kept by whoever keeps it too.
+    pub(crate) fn shared_key(&self, key: &ObjectKey) -> Arc<ObjectKey> {
+        let known = self.entries.get_key_value(key);
+        known.map_or_else(|| Arc::new(key.clone()), |(key, _)| Arc::clone(key))
+    }
+
     /// Every slice's key.
     pub(crate) fn slice_keys(&self) -> impl Iterator<Item = &ObjectKey> {
         self.slice_owner.keys().map(|key| &**key)

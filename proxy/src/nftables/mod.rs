@@ -43,3 +43,5 @@ mod model_test;
 mod packets;
 #[cfg(test)]
 mod ruleset_test;
+#[cfg(test)]
+mod sources_test;

@@ -290,7 +290,7 @@ impl Proxier {
             None => (None, Vec::new()),
         };
         self.report(key, &problems);
-        let outcome = self.desired.replace(key, rules);
+        let outcome = self.desired.replace_shared(key, rules, || self.objects.shared_key(key));
         if self.listed.synchronized {
             self.stale.changed(&outcome);
         }

@@ -92,10 +92,21 @@ impl Desired {
 
     /// Puts in place what a Service wants now (`None` if it is gone), instead of what it wanted.
     pub(crate) fn replace(&mut self, service: &ObjectKey, rules: Option<ServiceRules>) -> Outcome {
+        self.replace_shared(service, rules, || Arc::new(service.clone()))
+    }
+
+    /// As [`Self::replace`], with a key to keep if none is kept yet: there are many Services, and
+    /// who knows them has their keys already.
+    pub(crate) fn replace_shared(
+        &mut self,
+        service: &ObjectKey,
+        rules: Option<ServiceRules>,
+        shared: impl FnOnce() -> Arc<ObjectKey>,
+    ) -> Outcome {
         let mut outcome = Outcome::default();
         let (key, before) = match self.services.remove_entry(service) {
             Some((key, entry)) => (key, Some(entry)),
-            None => (Arc::new(service.clone()), None),
+            None => (shared(), None),
         };
         let rules = rules.filter(|r| !r.frontends.is_empty() || !r.addresses.is_empty());
         let mut dirty = HashSet::new();
