@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::Write,
     path::PathBuf,
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Command, ExitStatus, Output, Stdio},
     time::Duration,
 };
 
@@ -117,6 +117,27 @@ impl Cluster {
         unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
         let status = child.wait().expect("wait");
         assert!(status.success(), "keelson up: {status}\n{}", tail(&self.log_path()));
+    }
+
+    /// Waits for the end of a process that ends by itself.
+    ///
+    /// # Panics
+    /// When it doesn't run.
+    pub fn wait_end(&mut self) -> ExitStatus {
+        self.child.take().expect("a running cluster").wait().expect("wait")
+    }
+
+    /// Waits until the process has taken its folders: from then on it heeds signals.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    pub fn wait_begun(&self) {
+        let path = self.machine.data_dir().join("run/instance.json");
+        wait_for("the process to begin", DEADLINE, || {
+            let record = fs::read(&path).map_err(|error| error.to_string())?;
+            let record: Value = serde_json::from_slice(&record).map_err(|e| e.to_string())?;
+            if record["pid"] == self.pid() { Ok(()) } else { Err(format!("{record}")) }
+        });
     }
 
     /// The log of the process.

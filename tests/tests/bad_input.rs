@@ -42,6 +42,16 @@ fn broken_manifests_in_the_folder_harm_no_other() {
         });
     }
 
+    // A second manifest of the same pod takes nothing from the one that runs, whatever its name.
+    let good = format!("good-{node}");
+    let runs = cluster.get(&["pod", &good])["metadata"]["uid"].clone();
+    fs::write(folder.join("again.yaml"), pod("good", "").replace("3600", "3601")).expect("write");
+    wait_until("again.yaml to be named in the log", keelson_tests::DEADLINE, || {
+        logged("in another manifest already")
+    });
+    assert_eq!(cluster.get(&["pod", &good])["metadata"]["uid"], runs);
+    fs::remove_file(folder.join("again.yaml")).expect("remove");
+
     // Mended, it runs at once; removed, it stops.
     fs::write(folder.join("not-yaml.yaml"), pod("mended", "")).expect("write");
     cluster.wait_object("the mended pod", &["pod", &format!("mended-{node}")], pod_is_ready);
@@ -51,6 +61,32 @@ fn broken_manifests_in_the_folder_harm_no_other() {
         !items.is_empty() && items.iter().all(|p| p["metadata"]["name"] != format!("good-{node}"))
     });
 
+    let left = cluster.down();
+    assert!(left.is_empty(), "left behind: {left:#?}");
+}
+
+#[test]
+fn a_port_in_use_is_named_and_nothing_stays() {
+    let mut cluster = Cluster::prepare(&[]);
+    let mut holder = cluster
+        .machine
+        .command("busybox")
+        .args(["nc", "-l", "-p", "10250"])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .expect("busybox");
+    let listening = || {
+        let output = cluster.machine.command("ss").args(["-Hltn", "sport = :10250"]).output();
+        output.is_ok_and(|output| !output.stdout.is_empty())
+    };
+    wait_until("the port to be taken", keelson_tests::DEADLINE, listening);
+    cluster.start_process();
+    let status = cluster.wait_end();
+    assert!(!status.success(), "{status}");
+    let log = fs::read_to_string(cluster.log_path()).expect("the log");
+    assert!(log.contains("kubelet API: listen on") && log.contains(":10250"), "{log}");
+    holder.kill().expect("kill");
+    holder.wait().expect("wait");
     let left = cluster.down();
     assert!(left.is_empty(), "left behind: {left:#?}");
 }

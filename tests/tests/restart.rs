@@ -4,6 +4,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
     },
     thread,
     time::Duration,
@@ -34,7 +35,14 @@ fn a_killed_process_takes_nothing_along() {
         "{apiVersion: v1, kind: Pod, metadata: {name: counter}, spec: {containers: [{name: c, image: \
          'busybox:test', command: [sh, -c, 'echo pid $$; i=0; while true; do echo line $i; i=$((i+1)); sleep 0.02; done']}]}}",
     );
+    let manifest = "apiVersion: v1\nkind: Pod\nmetadata: {name: fixed}\nspec:\n  containers:\n  - \
+                    {name: c, image: 'busybox:test', command: [sleep, '3600']}\n";
+    let folder = cluster.machine.data_dir().join("manifests");
+    std::fs::write(folder.join("fixed.yaml"), manifest).expect("write");
     let before = container(&cluster.wait_pod_ready("counter"));
+    let node = cluster.get(&["nodes"])["items"][0]["metadata"]["name"].clone();
+    let fixed = format!("fixed-{}", node.as_str().expect("a node"));
+    let mirror = cluster.wait_pod_ready(&fixed)["metadata"]["uid"].clone();
     cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"]);
     let address = cluster.get(&["service", "web"])["spec"]["clusterIP"]
         .as_str()
@@ -65,14 +73,33 @@ fn a_killed_process_takes_nothing_along() {
     };
 
     for round in 0..3 {
-        // Something half done at the moment of the kill: a write that was answered must be there.
-        let name = format!("kept-{round}");
-        cluster.kubectl(&["create", "configmap", &name, "--from-literal=a=b"]);
+        // Writes all the way to the kill: one that was answered must be there.
+        let (answered, first) = mpsc::channel();
+        let kubectl = |name: &str| cluster.kubectl_command(&["create", "configmap", name]);
+        let mut writes: Vec<_> = (0..50)
+            .map(|number| format!("kept-{round}-{number}"))
+            .map(|name| (kubectl(&name), name))
+            .collect();
+        let writer = thread::spawn(move || {
+            let written = writes.iter_mut().map_while(|(write, name)| {
+                let answer = write.output().expect("kubectl");
+                let _ = answered.send(());
+                answer.status.success().then(|| name.clone())
+            });
+            written.collect::<Vec<String>>()
+        });
+        for _ in 0..2 {
+            first.recv_timeout(DEADLINE).expect("an answered write");
+        }
         cluster.kill_process();
         cluster.start_process();
         cluster.wait_ready();
-        assert_eq!(cluster.get(&["configmap", &name])["data"]["a"], "b");
+        for name in writer.join().expect("the writer") {
+            assert_eq!(cluster.get(&["configmap", &name])["metadata"]["name"], *name);
+        }
     }
+    let now = cluster.wait_pod_ready(&fixed)["metadata"]["uid"].clone();
+    assert_eq!(now, mirror, "the mirror pod was made anew");
     let after = container(&cluster.wait_pod_ready("counter"));
     assert_eq!(before, after, "the container was started again");
 
@@ -94,6 +121,10 @@ fn a_killed_process_takes_nothing_along() {
             .unwrap_or_else(|m| m);
         if mark > 0 && now > mark + 5 { Ok(()) } else { Err(format!("{now} requests")) }
     });
+    // A signal while it starts ends it cleanly too.
+    cluster.start_process();
+    cluster.wait_begun();
+    cluster.interrupt();
     cluster.start_process();
     cluster.wait_ready();
     stop.store(true, Ordering::Relaxed);

@@ -150,6 +150,22 @@ fn a_first_session_with_kubectl() {
         .expect("script");
     assert!(String::from_utf8_lossy(&terminal.stdout).contains("/dev/pts/"), "{terminal:?}");
 
+    // Files in and out, and the container's own input and output.
+    let file = cluster.machine.dir().join("file");
+    std::fs::write(&file, "copied").expect("write");
+    let (out, back) = (file.display().to_string(), file.with_extension("back"));
+    cluster.kubectl(&["cp", &out, "client:/tmp/file"]);
+    cluster.kubectl(&["cp", "client:/tmp/file", &back.display().to_string()]);
+    assert_eq!(std::fs::read_to_string(&back).expect("the copy"), "copied");
+    cluster.apply(
+        "{apiVersion: v1, kind: Pod, metadata: {name: echo}, spec: {restartPolicy: Never, containers: \
+         [{name: c, image: 'busybox:test', stdin: true, stdinOnce: true, command: [sh, -c, 'read line; echo got $line']}]}}",
+    );
+    cluster.wait_pod_ready("echo");
+    let attached = cluster.try_with_manifest(&["attach", "-i", "echo"], "a line\n");
+    let said = String::from_utf8_lossy(&attached.stdout).into_owned();
+    assert!(said.contains("got a line"), "{attached:?}");
+
     // A port of a pod on this machine.
     let mut forward = cluster
         .kubectl_command(&["port-forward", "pod/hello", "18080:8080"])
