@@ -132,7 +132,11 @@ fn idle_cpu(pid: i32) -> anyhow::Result<f64> {
     Ok((ticks(pid)? - before) / start.elapsed().as_secs_f64())
 }
 
-fn ticks(pid: i32) -> anyhow::Result<f64> {
+/// Processor time that a process has had, in hundredths of a second.
+///
+/// # Errors
+/// When there is no such process.
+pub(crate) fn ticks(pid: i32) -> anyhow::Result<f64> {
     let path = format!("/proc/{pid}/stat");
     let stat = fs::read_to_string(&path).context(path)?;
     let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);

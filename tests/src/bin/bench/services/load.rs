@@ -46,7 +46,7 @@ impl Bench {
         let (made, asked, answered) = inside_async(&self.netns, || async {
             let client = api::client(data_dir).await?;
             let asked = Instant::now();
-            let made = objects::make_all(&client, count).await?;
+            let made = objects::make_all(&client, 0..count, 2).await?;
             Ok((made, asked, Instant::now()))
         })?;
         // The answers of the last requests may have overtaken each other.

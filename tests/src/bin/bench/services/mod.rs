@@ -9,6 +9,7 @@ mod load;
 mod nft;
 mod objects;
 mod packets;
+pub(crate) mod scale;
 
 use std::{path::PathBuf, time::Instant};
 

@@ -1,6 +1,6 @@
 //! The Services and EndpointSlices that are made.
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, ops::Range};
 
 use anyhow::Context;
 use futures::{StreamExt, TryStreamExt, stream};
@@ -18,7 +18,7 @@ const AT_ONCE: usize = 8;
 pub(super) struct Made {
     /// Its address.
     pub(super) address: Ipv4Addr,
-    /// Its only slice, as the API answered.
+    /// Its first slice, as the API answered.
     pub(super) slice: EndpointSlice,
 }
 
@@ -28,8 +28,11 @@ pub(super) fn endpoint_address(number: usize) -> Ipv4Addr {
     Ipv4Addr::from(base + u32::try_from(number % 65_000).unwrap_or_default())
 }
 
-/// Makes a Service without a selector, after its slice of two endpoints.
-async fn make(client: &Client, number: usize) -> anyhow::Result<Made> {
+/// The most endpoints in one slice, as the API has it.
+const SLICE: usize = 1_000;
+
+/// Makes a Service without a selector, after its slices of so many endpoints.
+async fn make(client: &Client, number: usize, endpoints: usize) -> anyhow::Result<Made> {
     let name = format!("service-{number}");
     let labels = json!({"bench": "service", "kubernetes.io/service-name": name});
     let endpoint = |number: usize| {
@@ -39,28 +42,42 @@ async fn make(client: &Client, number: usize) -> anyhow::Result<Made> {
             "nodeName": "elsewhere",
         })
     };
-    let slice: EndpointSlice = serde_json::from_value(json!({
-        "metadata": {"name": name, "labels": labels},
-        "addressType": "IPv4",
-        "ports": [{"name": "", "port": super::packets::PORT, "protocol": "TCP"}],
-        "endpoints": [endpoint(2 * number), endpoint(2 * number + 1)],
-    }))?;
+    let slices: Api<EndpointSlice> = Api::default_namespaced(client.clone());
+    let mut first = None;
+    for part in 0..endpoints.div_ceil(SLICE) {
+        let numbers = part * SLICE..endpoints.min((part + 1) * SLICE);
+        let slice: EndpointSlice = serde_json::from_value(json!({
+            "metadata": {
+                "name": if part == 0 { name.clone() } else { format!("{name}-{part}") },
+                "labels": labels,
+            },
+            "addressType": "IPv4",
+            "ports": [{"name": "", "port": super::packets::PORT, "protocol": "TCP"}],
+            "endpoints": numbers.map(|n| endpoint(endpoints * number + n)).collect::<Vec<_>>(),
+        }))?;
+        let made = slices.create(&PostParams::default(), &slice).await?;
+        first.get_or_insert(made);
+    }
+    let slice = first.context("a Service without endpoints")?;
     let service: Service = serde_json::from_value(json!({
         "metadata": {"name": name, "labels": {"bench": "service"}},
         "spec": {"ports": [{"port": 80, "targetPort": super::packets::PORT, "protocol": "TCP"}]},
     }))?;
-    let slices: Api<EndpointSlice> = Api::default_namespaced(client.clone());
     let services: Api<Service> = Api::default_namespaced(client.clone());
-    let slice = slices.create(&PostParams::default(), &slice).await?;
     let service = services.create(&PostParams::default(), &service).await?;
     let address = service.spec.and_then(|spec| spec.cluster_ip).context("no cluster address")?;
     Ok(Made { address: address.parse().context(address)?, slice })
 }
 
-/// Makes so many, and returns them in the order in which their creation was answered.
-pub(super) async fn make_all(client: &Client, count: usize) -> anyhow::Result<Vec<Made>> {
-    stream::iter(0..count)
-        .map(|number| make(client, number))
+/// Makes those with these numbers, and returns them in the order in which their creation was
+/// answered.
+pub(super) async fn make_all(
+    client: &Client,
+    numbers: Range<usize>,
+    endpoints: usize,
+) -> anyhow::Result<Vec<Made>> {
+    stream::iter(numbers)
+        .map(|number| make(client, number, endpoints))
         .buffer_unordered(AT_ONCE)
         .try_collect()
         .await

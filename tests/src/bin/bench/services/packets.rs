@@ -92,6 +92,16 @@ fn ask(service: Ipv4Addr) -> Option<Ipv4Addr> {
     Some(Ipv4Addr::from(answer))
 }
 
+/// How long one connection takes to be answered by an endpoint, in milliseconds.
+///
+/// # Errors
+/// When it isn't.
+pub(super) fn round_trip(service: Ipv4Addr) -> anyhow::Result<f64> {
+    let begin = Instant::now();
+    ask(service).with_context(|| format!("{service}:{SERVICE_PORT} does not answer"))?;
+    Ok(begin.elapsed().as_secs_f64() * 1e3)
+}
+
 /// Connects again and again until an endpoint answers that is wanted; when its answer was there.
 /// To be called in the node's namespace.
 ///
