@@ -141,7 +141,7 @@ pub(crate) fn measure(sizes: &[Size]) -> anyhow::Result<Vec<Section>> {
 fn kubeconfig_for_neighbour(running: &Running) -> anyhow::Result<String> {
     let text = running.cluster.kubectl(&["config", "view", "--raw", "-o", "json"]);
     let mut config: Value = serde_json::from_str(&text)?;
-    let nodes = running.cluster.get(&["get", "nodes"]);
+    let nodes = running.cluster.get(&["nodes"]);
     let addresses = nodes["items"][0]["status"]["addresses"].as_array().cloned();
     let address = addresses
         .into_iter()
