@@ -468,3 +468,34 @@ fn the_monitor_hears_others_only() {
     edited.recv_timeout(PATIENCE).unwrap();
     assert!(begin.elapsed() < PATIENCE);
 }
+
+#[test]
+fn connections_older_than_the_rules_live_on() {
+    // A node that reaches, at its own address, what is an endpoint too: its API server.
+    let host = Namespace::new();
+    host.sh("ip addr add 192.0.2.1/24 dev lo");
+    let mut older = host.run(|| {
+        let listener = TcpListener::bind("192.0.2.1:6443").unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut byte = [0];
+            while stream.read_exact(&mut byte).and_then(|()| stream.write_all(&byte)).is_ok() {}
+        });
+        let stream = TcpStream::connect("192.0.2.1:6443").unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    });
+    let mut exchange = |say: u8| {
+        let mut heard = [0];
+        older.write_all(&[say]).and_then(|()| older.read_exact(&mut heard)).map(|()| heard[0])
+    };
+    assert_eq!(exchange(1).unwrap(), 1);
+    let mut proxy = Proxy::start(&host);
+    proxy.apply(service("api", json!({"clusterIP": "10.96.0.1"})));
+    let mut own = slice("api", "TCP", &[1]);
+    own["endpoints"] = json!([{"addresses": ["192.0.2.1"]}]);
+    own["ports"] = json!([{"port": 6443, "protocol": "TCP"}]);
+    proxy.synchronize();
+    proxy.apply(own);
+    assert_eq!(exchange(2).unwrap(), 2, "the kernel hears of the connection in its middle");
+}

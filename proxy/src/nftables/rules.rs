@@ -10,7 +10,7 @@ use super::{
     expression::{Comparison, Ct, Expression, Register, Verdict},
     layout::*,
     sources::SourcesId,
-    steps::{bits_set, rule, verdict},
+    steps::{bits_set, rule, translated_only, verdict},
     uapi::*,
 };
 use crate::{
@@ -233,11 +233,8 @@ impl Layout {
     }
 
     fn translated(&self) -> Vec<Rule> {
-        // IPS_DST_NAT
-        const TRANSLATED: u32 = 1 << 5;
         let mut steps = self.new_connection();
-        let status = Expression::Connection { to: Register::new(0), key: Ct::Status };
-        steps.extend(bits_set(status, TRANSLATED));
+        steps.extend(translated_only());
         steps.push(verdict(Verdict::Goto(REMEMBER.into())));
         vec![rule("new connections", steps)]
     }
@@ -322,12 +319,18 @@ impl Layout {
         vec![
             rule(
                 "endpoints that are their own client",
-                vec![
-                    self.source_address(register),
-                    self.destination_address(second),
-                    Expression::InSet { set: HAIRPIN, key: register },
-                    Expression::Masquerade,
-                ],
+                [
+                    // Others between the same addresses are not ours, and a connection older than
+                    // the rules would break with another source port.
+                    translated_only(),
+                    vec![
+                        self.source_address(register),
+                        self.destination_address(second),
+                        Expression::InSet { set: HAIRPIN, key: register },
+                        Expression::Masquerade,
+                    ],
+                ]
+                .concat(),
             ),
             rule("marked connections", marked),
         ]

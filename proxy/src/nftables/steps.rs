@@ -216,6 +216,13 @@ pub(super) fn verdict(verdict: Verdict) -> Expression {
     Expression::Verdict(verdict)
 }
 
+/// Goes on if the connection's destination was translated.
+pub(super) fn translated_only() -> Vec<Expression> {
+    // IPS_DST_NAT
+    const TRANSLATED: u32 = 1 << 5;
+    bits_set(Expression::Connection { to: Register::new(0), key: Ct::Status }, TRANSLATED)
+}
+
 /// Goes on if any of `bits` is set in what `load` loads into the first register.
 pub(super) fn bits_set(load: Expression, bits: u32) -> Vec<Expression> {
     let register = Register::new(0);
