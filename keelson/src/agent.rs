@@ -17,7 +17,6 @@ use keelson_agent::{
     volumes::HostVolumes,
 };
 use keelson_api::{events::EventRecorder, quantity::Quantity};
-use keelson_control_plane::pki::tls;
 use keelson_runtime_shim::{
     embedded::{EmbeddedConfig, EmbeddedRuntime},
     images::{ImageOptions, ImageStore},
@@ -31,11 +30,13 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     cli::{AgentArgs, NodeArgs},
     config::KubeletSettings,
+    credentials::Credentials,
     image,
-    instance::{self, Record},
+    instance::{self, Part, Record},
     node, notify,
     paths::Paths,
     run::{self, MainTasks},
+    serving,
 };
 
 /// What a node is started with.
@@ -442,24 +443,29 @@ pub(crate) fn run(args: &AgentArgs) -> anyhow::Result<()> {
         let shutdown = run::shutdown_on_signal()?;
         let mut held = instance::hold(
             &paths,
+            &[Part::Agent],
             Record {
                 role: "agent".to_owned(),
                 cgroup_root: cgroup_root(&paths, &settings),
                 ..Record::of_this_process(&name)
             },
         )?;
-        let client = match &args.kubeconfig {
-            Some(path) => Some(run::client(path).await?),
+        let credentials = match &args.kubeconfig {
+            Some(path) => Some(Credentials::read(path).await?),
             None => {
                 tracing::info!("no --kubeconfig: static pods only");
                 None
             }
         };
+        let client = credentials.as_ref().map(Credentials::client);
+        let facts = credentials.as_ref().and_then(|credentials| credentials.facts.clone());
         let options = NodeOptions {
-            tls: serving_tls(&paths, &settings, &name, address)?,
-            cluster_dns: Vec::new(),
-            cluster_domain: "cluster.local".to_owned(),
-            cluster_ranges: Vec::new(),
+            tls: serving::serving_tls(&paths, &settings, credentials.as_ref(), &name, address)?,
+            cluster_dns: facts.iter().map(|facts| facts.cluster_dns).collect(),
+            cluster_domain: facts
+                .as_ref()
+                .map_or_else(|| "cluster.local".to_owned(), |facts| facts.cluster_domain.clone()),
+            cluster_ranges: facts.iter().map(|facts| facts.cluster_cidr).collect(),
             images: image::options(&args.node.registries),
             manifests: manifests(&args.node, &settings, &paths),
             name,
@@ -467,6 +473,9 @@ pub(crate) fn run(args: &AgentArgs) -> anyhow::Result<()> {
             settings,
             client,
         };
+        if let Some(credentials) = credentials {
+            tokio::spawn(credentials.keep_current(shutdown.clone()));
+        }
         let node = Node::start(&paths, options, &shutdown);
         let Some(node) = run::unless_stopped(node, &shutdown).await? else { return Ok(()) };
         held.ready()?;
@@ -478,38 +487,4 @@ pub(crate) fn run(args: &AgentArgs) -> anyhow::Result<()> {
         run::ended(node.stopped()).await;
         node.result()
     })
-}
-
-/// The kubelet API's TLS: the configured certificate, else one that is signed by itself, as the
-/// kubelet makes one.
-fn serving_tls(
-    paths: &Paths,
-    settings: &KubeletSettings,
-    name: &str,
-    address: IpAddr,
-) -> anyhow::Result<Arc<rustls::ServerConfig>> {
-    let read = |path: &Path| {
-        std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))
-    };
-    let client_ca = settings.authentication.x509.client_ca_file.as_deref().map(read).transpose()?;
-    let (certificate, key) = match (&settings.tls_cert_file, &settings.tls_private_key_file) {
-        (Some(certificate), Some(key)) => (read(certificate)?, read(key)?),
-        (None, None) => self_signed(&paths.kubelet.join("pki"), name, address)?,
-        _ => bail!("tlsCertFile and tlsPrivateKeyFile are needed together"),
-    };
-    Ok(tls::static_server_config(&certificate, &key, client_ca.as_deref())?)
-}
-
-/// Reads or makes `kubelet.crt` and `kubelet.key`.
-fn self_signed(dir: &Path, name: &str, address: IpAddr) -> anyhow::Result<(String, String)> {
-    let (certificate_path, key_path) = (dir.join("kubelet.crt"), dir.join("kubelet.key"));
-    if let (Ok(certificate), Ok(key)) =
-        (std::fs::read_to_string(&certificate_path), std::fs::read_to_string(&key_path))
-    {
-        return Ok((certificate, key));
-    }
-    let made = keelson_control_plane::pki::self_signed(&[name.to_owned(), address.to_string()])?;
-    crate::kubeconfig::write_private(&key_path, &made.key_pem)?;
-    crate::kubeconfig::write_private(&certificate_path, &made.certificate_pem)?;
-    Ok((made.certificate_pem, made.key_pem))
 }

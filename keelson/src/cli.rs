@@ -50,9 +50,18 @@ pub(crate) enum LogFormat {
 pub(crate) enum Command {
     /// Run a whole cluster on this machine: control plane, node and proxy in one process
     Up(Box<UpArgs>),
-    /// Stop what `up` started, with all pods, and remove what it left in the kernel
+    /// Stop everything that runs here, with all pods, and remove what it left in the kernel
     Down(DownArgs),
-    /// Print a kubeconfig that kubectl takes as it is
+    /// Print a kubeconfig: the administrator's for kubectl, or one for another node or user
+    #[command(after_help = "Another node, on the machine of the control plane:\n  \
+                            keelson kubeconfig --node n2 --address 192.0.2.2 -o kubelet.conf\n  \
+                            keelson kubeconfig --user system:kube-proxy -o kube-proxy.conf\n\
+                            Copy both files to /etc/kubernetes on the new machine (they hold private \
+                            keys), and run there:\n  \
+                            keelson agent --node-name n2 --kubeconfig /etc/kubernetes/kubelet.conf\n  \
+                            keelson proxy --hostname-override n2 --kubeconfig /etc/kubernetes/kube-proxy.conf\n\
+                            Certificates last a year unless told otherwise. Issue new files before that and put \
+                            them in place: they are taken without a restart.")]
     Kubeconfig(KubeconfigArgs),
     /// Run the node alone (kubelet's work), against any Kubernetes API or none
     Agent(Box<AgentArgs>),
@@ -209,6 +218,26 @@ pub(crate) struct DownArgs {
 pub(crate) struct KubeconfigArgs {
     #[command(flatten)]
     pub(crate) data: DataArgs,
+    /// Issue one for the agent of another machine: the node's name. It holds the node's client
+    /// certificate, its serving certificate, and what a node must know of the cluster
+    #[arg(long, value_name = "NAME", requires = "address", conflicts_with_all = ["user", "group"])]
+    pub(crate) node: Option<String>,
+    /// The address that the new node is reached at; may be given several times
+    #[arg(long, value_name = "IP", requires = "node")]
+    pub(crate) address: Vec<IpAddr>,
+    /// Issue one for a user, such as system:kube-proxy
+    #[arg(long, value_name = "NAME")]
+    pub(crate) user: Option<String>,
+    /// The group of that user
+    #[arg(long, value_name = "NAME", requires = "user")]
+    pub(crate) group: Option<String>,
+    /// Where the API server is reached, if not at the address in the administrator's kubeconfig; its
+    /// certificate must name it (--tls-san)
+    #[arg(long, value_name = "URL")]
+    pub(crate) server: Option<String>,
+    /// How long the certificates that are issued last, such as 720h; a year if absent
+    #[arg(long, value_name = "DURATION", value_parser = crate::config::duration::parse)]
+    pub(crate) expires_in: Option<std::time::Duration>,
     /// Write it to this file (mode 0600) instead of standard output
     #[arg(long, short, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
@@ -327,6 +356,10 @@ pub(crate) struct ControlPlaneArgs {
     /// absent
     #[arg(long, value_name = "IP")]
     pub(crate) advertise_address: Option<IpAddr>,
+    /// The name of this machine's node, for the kubeconfig that is written for an agent here; this
+    /// machine's host name if absent
+    #[arg(long, value_name = "NAME")]
+    pub(crate) node_name: Option<String>,
 }
 
 /// `keelson image`.

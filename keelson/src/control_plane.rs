@@ -22,8 +22,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     cli::{ClusterArgs, ControlPlaneArgs},
-    instance::{self, Record},
-    kubeconfig, node, notify,
+    cluster::ClusterFacts,
+    instance::{self, Part, Record},
+    kubeconfig::OwnKubeconfigs,
+    node, notify,
     paths::Paths,
     run,
 };
@@ -63,7 +65,8 @@ fn nth_address(range: IpNet, index: u32) -> anyhow::Result<IpAddr> {
 
 impl ControlPlane {
     /// Starts everything, and returns when the API server answers. It all ends after `shutdown`;
-    /// [`Self::stopped`] waits for that.
+    /// [`Self::stopped`] waits for that. With `parts_alone` kubeconfigs are kept for an agent and a
+    /// proxy in processes of their own.
     ///
     /// # Errors
     /// Certificates, store or addresses can't be had.
@@ -72,6 +75,7 @@ impl ControlPlane {
         cluster: &ClusterArgs,
         node_name: &str,
         address: IpAddr,
+        parts_alone: bool,
         shutdown: &CancellationToken,
     ) -> anyhow::Result<Self> {
         check_ranges(cluster)?;
@@ -79,13 +83,26 @@ impl ControlPlane {
         let dns_address = nth_address(cluster.service_cidr, 10)?;
         let url = format!("https://{}", SocketAddr::new(address, cluster.api_port));
         let pki = load_pki(paths, cluster, node_name, address, service_ip).await?;
-        kubeconfig::write_private(
-            &paths.admin_kubeconfig,
-            &pki.kubeconfig(Leaf::Admin, &url, "kubernetes-admin"),
-        )?;
+        let kubeconfigs = OwnKubeconfigs {
+            paths: paths.clone(),
+            url: url.clone(),
+            facts: ClusterFacts {
+                cluster_cidr: cluster.cluster_cidr,
+                cluster_dns: dns_address,
+                cluster_domain: cluster.cluster_domain.clone(),
+                serving: None,
+            },
+            node: parts_alone.then(|| node_name.to_owned()),
+        };
+        kubeconfigs.write(&pki)?;
 
         let tasks = TaskTracker::new();
-        tasks.spawn(Arc::clone(&pki).keep_renewed(shutdown.clone()));
+        let follow = move |pki: &ClusterPki| {
+            if let Err(error) = kubeconfigs.write(pki) {
+                tracing::error!("kubeconfigs keep certificates from before: {error:#}");
+            }
+        };
+        tasks.spawn(Arc::clone(&pki).keep_renewed(follow, shutdown.clone()));
         let metrics = Registry::new();
         let scheduler_metrics = SchedulerMetrics::register(&metrics).context("metrics")?;
         let dns_metrics = DnsMetrics::register(&metrics).context("metrics")?;
@@ -102,7 +119,7 @@ impl ControlPlane {
             service_cidrs: vec![cluster.service_cidr],
             node_ports: cluster.service_node_port_range.first
                 ..=cluster.service_node_port_range.last,
-            tls: pki.api_server_config()?,
+            tls: pki.api_server_tls()?,
             kubelet_tls: Some(pki.client_config(Some(Leaf::ApiServerKubeletClient))?),
             security: Box::new(move |lookup| Ok(security.over(lookup)?)),
             metrics,
@@ -207,6 +224,7 @@ fn start_dns(
         listen: vec![endpoint],
         resolv_conf: "/etc/resolv.conf".into(),
         own_addresses: vec![service_address],
+        pod_ranges: vec![cluster.cluster_cidr],
     };
     let (with, stop) = (Arc::clone(informers), shutdown.clone());
     tasks.spawn(async move {
@@ -226,11 +244,12 @@ fn start_dns(
 pub(crate) fn run(args: &ControlPlaneArgs) -> anyhow::Result<()> {
     let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
     let address = node::address(args.advertise_address)?;
-    let name = node::name(None)?;
+    let name = node::name(args.node_name.as_deref())?;
     run::block_on(async {
         let shutdown = run::shutdown_on_signal()?;
         let mut held = instance::hold(
             &paths,
+            &[Part::ControlPlane],
             Record {
                 role: "control-plane".to_owned(),
                 api_server: Some(format!(
@@ -240,7 +259,8 @@ pub(crate) fn run(args: &ControlPlaneArgs) -> anyhow::Result<()> {
                 ..Record::of_this_process(&name)
             },
         )?;
-        let control_plane = ControlPlane::start(&paths, &args.cluster, &name, address, &shutdown);
+        let control_plane =
+            ControlPlane::start(&paths, &args.cluster, &name, address, true, &shutdown);
         let Some(control_plane) = run::unless_stopped(control_plane, &shutdown).await? else {
             return Ok(());
         };

@@ -9,7 +9,10 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use crate::{instance, paths::Paths};
+use crate::{
+    instance::{self, Part},
+    paths::Paths,
+};
 
 /// Starts this program again without `--detach` and returns when it has said that it is ready.
 ///
@@ -57,7 +60,9 @@ fn wait_ready(paths: &Paths, child: &mut Child) -> anyhow::Result<()> {
                 paths.log_file.display()
             );
         }
-        if instance::read(paths).is_ok_and(|r| r.is_some_and(|r| r.pid == pid && r.ready)) {
+        if instance::read(paths, Part::ControlPlane)
+            .is_ok_and(|r| r.is_some_and(|r| r.pid == pid && r.ready))
+        {
             return Ok(());
         }
         // The step between two looks.

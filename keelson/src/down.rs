@@ -7,9 +7,17 @@ use keelson_agent::volumes::unmount_all;
 use keelson_runtime_shim::{
     embedded::EmbeddedRuntime,
     images::{ImageOptions, ImageStore},
+    network::remove_node_routes,
 };
 
-use crate::{agent, cli::DownArgs, config::KubeletSettings, image, instance, paths::Paths};
+use crate::{
+    agent,
+    cli::DownArgs,
+    config::KubeletSettings,
+    image,
+    instance::{self, Part},
+    paths::Paths,
+};
 
 /// How long the process may take to end by itself.
 const PATIENCE: Duration = Duration::from_secs(25);
@@ -20,13 +28,15 @@ const PATIENCE: Duration = Duration::from_secs(25);
 /// Names what could not be removed; the rest is tried all the same.
 pub(crate) async fn run(args: &DownArgs) -> anyhow::Result<()> {
     let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
-    let record = instance::read(&paths)?;
-    let stopping = paths.clone();
-    let was_running = tokio::task::spawn_blocking(move || instance::stop(&stopping, PATIENCE))
-        .await
-        .context("stop the process")??;
-    if was_running {
-        println!("stopped the process");
+    let record = instance::read(&paths, Part::Agent)?;
+    // The proxy first: it would write its rules again. The control plane last: the others ask it.
+    for part in [Part::Proxy, Part::Agent, Part::ControlPlane] {
+        let stopping = paths.clone();
+        let stop = move || instance::stop(&stopping, part, PATIENCE);
+        let stopped = tokio::task::spawn_blocking(stop).await.context("stop a process")?;
+        if stopped.with_context(|| format!("stop the {}", part.name()))? {
+            println!("stopped the {}", part.name());
+        }
     }
     let mut failed = Vec::new();
     if paths.runtime.exists() {
@@ -45,6 +55,11 @@ pub(crate) async fn run(args: &DownArgs) -> anyhow::Result<()> {
         match tokio::task::spawn_blocking(keelson_proxy::cleanup).await.context("service rules")? {
             Ok(()) => println!("removed the service rules"),
             Err(error) => failed.push(format!("service rules: {error}")),
+        }
+        match remove_node_routes().await {
+            Ok(0) => {}
+            Ok(count) => println!("removed {count} routes to other nodes' pods"),
+            Err(error) => failed.push(format!("routes: {error}")),
         }
     }
     let kubelet = paths.kubelet.clone();

@@ -1,5 +1,6 @@
-//! The instance that runs over a set of folders: at most one, found and stopped by others through a
-//! file in its run folder.
+//! What runs over a set of folders: each part at most once, found and stopped by others through files
+//! in the run folder, `PART.lock` and `PART.json`. The parts may be processes of their own, or all
+//! in one, which then has the files of all.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -17,12 +18,37 @@ use serde::{Deserialize, Serialize};
 
 use crate::paths::Paths;
 
-/// What others must know of a running instance, and `down` of the last one.
+/// A part of a node, of which one runs at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// API server, store, scheduler, controllers, cluster DNS.
+    ControlPlane,
+    /// kubelet's work.
+    Agent,
+    /// kube-proxy's work.
+    Proxy,
+}
+
+impl Part {
+    /// All of them.
+    pub(crate) const ALL: [Self; 3] = [Self::ControlPlane, Self::Agent, Self::Proxy];
+
+    /// As the command that runs it alone is called.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::ControlPlane => "control-plane",
+            Self::Agent => "agent",
+            Self::Proxy => "proxy",
+        }
+    }
+}
+
+/// What others must know of a running process, and `down` of the last one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
     /// Its process id.
     pub(crate) pid: i32,
-    /// `up`, `agent`, `control-plane`.
+    /// `up`, `agent`, `control-plane`, `proxy`.
     pub(crate) role: String,
     /// The version that wrote this.
     pub(crate) version: String,
@@ -52,29 +78,37 @@ impl Record {
     }
 }
 
-/// Holds the folders for this process until dropped.
+/// Holds parts of the folders for this process until dropped.
 #[derive(Debug)]
 pub(crate) struct Held {
-    _lock: File,
-    record_path: PathBuf,
+    _locks: Vec<File>,
+    record_paths: Vec<PathBuf>,
     record: Record,
 }
 
-fn record_path(paths: &Paths) -> PathBuf {
-    paths.run.join("instance.json")
+fn record_path(paths: &Paths, part: Part) -> PathBuf {
+    paths.run.join(format!("{}.json", part.name()))
 }
 
-fn lock_path(paths: &Paths) -> PathBuf {
-    paths.run.join("instance.lock")
+fn lock_path(paths: &Paths, part: Part) -> PathBuf {
+    paths.run.join(format!("{}.lock", part.name()))
 }
 
-/// Takes the folders for this process.
+/// Takes parts for this process.
 ///
 /// # Errors
-/// When another process has them, or the run folder can't be written.
-pub(crate) fn hold(paths: &Paths, record: Record) -> anyhow::Result<Held> {
+/// When another process has one of them, or the run folder can't be written.
+pub(crate) fn hold(paths: &Paths, parts: &[Part], record: Record) -> anyhow::Result<Held> {
     fs::create_dir_all(&paths.run).with_context(|| format!("folder {}", paths.run.display()))?;
-    let path = lock_path(paths);
+    let locks = parts.iter().map(|part| lock(paths, *part)).collect::<anyhow::Result<_>>()?;
+    let record_paths = parts.iter().map(|part| record_path(paths, *part)).collect();
+    let held = Held { _locks: locks, record_paths, record };
+    held.write()?;
+    Ok(held)
+}
+
+fn lock(paths: &Paths, part: Part) -> anyhow::Result<File> {
+    let path = lock_path(paths, part);
     let lock = File::options()
         .create(true)
         .truncate(false)
@@ -82,27 +116,25 @@ pub(crate) fn hold(paths: &Paths, record: Record) -> anyhow::Result<Held> {
         .open(&path)
         .with_context(|| format!("lock {}", path.display()))?;
     match lock.try_lock() {
-        Ok(()) => {}
+        Ok(()) => Ok(lock),
         Err(TryLockError::WouldBlock) => {
-            let running =
-                read(paths)?.map_or_else(String::new, |r| format!(" (process {})", r.pid));
+            let running = read(paths, part)?
+                .map_or_else(String::new, |r| format!(" (keelson {}, process {})", r.role, r.pid));
             bail!(
-                "keelson already runs here{running}: stop it with `keelson down{}`, or choose \
+                "the {} already runs here{running}: stop it with `keelson down{}`, or choose \
                  another folder with --data-dir",
+                part.name(),
                 paths.flag()
             );
         }
         Err(TryLockError::Error(error)) => {
-            return Err(error).with_context(|| format!("lock {}", path.display()));
+            Err(error).with_context(|| format!("lock {}", path.display()))
         }
     }
-    let held = Held { _lock: lock, record_path: record_path(paths), record };
-    held.write()?;
-    Ok(held)
 }
 
 impl Held {
-    /// Tells others that the instance is ready.
+    /// Tells others that the process is ready.
     ///
     /// # Errors
     /// When the record can't be written.
@@ -112,20 +144,23 @@ impl Held {
     }
 
     fn write(&self) -> anyhow::Result<()> {
-        let context = || format!("record {}", self.record_path.display());
-        let temporary = self.record_path.with_extension("tmp");
-        let mut file = File::create(&temporary).with_context(context)?;
-        file.write_all(&serde_json::to_vec(&self.record)?).with_context(context)?;
-        fs::rename(&temporary, &self.record_path).with_context(context)
+        for path in &self.record_paths {
+            let context = || format!("record {}", path.display());
+            let temporary = path.with_extension("tmp");
+            let mut file = File::create(&temporary).with_context(context)?;
+            file.write_all(&serde_json::to_vec(&self.record)?).with_context(context)?;
+            fs::rename(&temporary, path).with_context(context)?;
+        }
+        Ok(())
     }
 }
 
-/// The record of the running or the last instance.
+/// The record of the running or the last process with a part.
 ///
 /// # Errors
 /// When it is there but can't be read.
-pub(crate) fn read(paths: &Paths) -> anyhow::Result<Option<Record>> {
-    let path = record_path(paths);
+pub(crate) fn read(paths: &Paths, part: Part) -> anyhow::Result<Option<Record>> {
+    let path = record_path(paths, part);
     match fs::read(&path) {
         Ok(text) => Ok(Some(
             serde_json::from_slice(&text).with_context(|| format!("record {}", path.display()))?,
@@ -135,37 +170,54 @@ pub(crate) fn read(paths: &Paths) -> anyhow::Result<Option<Record>> {
     }
 }
 
-/// Whether a process holds the folders now.
-pub(crate) fn is_running(paths: &Paths) -> bool {
+/// Whether a process holds a part now.
+pub(crate) fn is_running(paths: &Paths, part: Part) -> bool {
     // The lock, not the process id, tells: ids are used again.
     File::options()
         .write(true)
-        .open(lock_path(paths))
+        .open(lock_path(paths, part))
         .is_ok_and(|lock| matches!(lock.try_lock(), Err(TryLockError::WouldBlock)))
 }
 
-/// Asks the running process to end, waits for it, and after `patience` kills it.
+/// The records of the processes that run now, each once.
+///
+/// # Errors
+/// When one can't be read.
+pub(crate) fn running(paths: &Paths) -> anyhow::Result<Vec<Record>> {
+    let mut running: Vec<Record> = Vec::new();
+    for part in Part::ALL {
+        if is_running(paths, part)
+            && let Some(record) = read(paths, part)?
+            && !running.iter().any(|known| known.pid == record.pid)
+        {
+            running.push(record);
+        }
+    }
+    Ok(running)
+}
+
+/// Asks the process with a part to end, waits for it, and after `patience` kills it.
 /// Returns whether there was one.
 ///
 /// # Errors
 /// When it can't be signalled, or is still there after it was killed.
-pub(crate) fn stop(paths: &Paths, patience: Duration) -> anyhow::Result<bool> {
-    if !is_running(paths) {
+pub(crate) fn stop(paths: &Paths, part: Part, patience: Duration) -> anyhow::Result<bool> {
+    if !is_running(paths, part) {
         return Ok(false);
     }
     let record =
-        read(paths)?.context("something holds the folders, but left no record of itself")?;
+        read(paths, part)?.context("something holds the folders, but left no record of itself")?;
     let pid = Pid::from_raw(record.pid);
     for (signal, wait) in [(Signal::SIGTERM, patience), (Signal::SIGKILL, Duration::from_secs(10))]
     {
-        if !is_running(paths) {
+        if !is_running(paths, part) {
             return Ok(true);
         }
         match kill(pid, signal) {
             Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
             Err(error) => return Err(error).with_context(|| format!("signal process {pid}")),
         }
-        if wait_stopped(paths, wait) {
+        if wait_stopped(paths, part, wait) {
             return Ok(true);
         }
     }
@@ -194,10 +246,10 @@ fn keeps_rules(arguments: &[u8]) -> bool {
     ours && (command == Some(b"up".as_slice()) || command == Some(b"proxy".as_slice()))
 }
 
-/// Waits until nobody holds the folders.
-fn wait_stopped(paths: &Paths, deadline: Duration) -> bool {
+/// Waits until nobody holds the part.
+fn wait_stopped(paths: &Paths, part: Part, deadline: Duration) -> bool {
     let start = Instant::now();
-    while is_running(paths) {
+    while is_running(paths, part) {
         if start.elapsed() > deadline {
             return false;
         }
@@ -208,13 +260,15 @@ fn wait_stopped(paths: &Paths, deadline: Duration) -> bool {
     true
 }
 
-/// Forgets the last instance, after everything of it is gone.
+/// Forgets the last processes, after everything of them is gone.
 ///
 /// # Errors
-/// When its record can't be removed.
+/// When a record can't be removed.
 pub(crate) fn forget(paths: &Paths) -> anyhow::Result<()> {
-    for path in [record_path(paths), lock_path(paths)] {
-        remove_if_there(&path)?;
+    for part in Part::ALL {
+        for path in [record_path(paths, part), lock_path(paths, part)] {
+            remove_if_there(&path)?;
+        }
     }
     Ok(())
 }
@@ -232,10 +286,10 @@ fn remove_if_there(path: &Path) -> anyhow::Result<()> {
 mod tests {
     use super::*;
 
-    fn record() -> Record {
+    fn record(role: &str, pid: i32) -> Record {
         Record {
-            pid: 1,
-            role: "up".into(),
+            pid,
+            role: role.into(),
             version: "0".into(),
             node_name: "n".into(),
             api_server: None,
@@ -255,19 +309,28 @@ mod tests {
     }
 
     #[test]
-    fn folders_are_held_by_one() {
+    fn parts_are_held_by_one_process_each() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::new(Some(dir.path())).unwrap();
-        assert!(!is_running(&paths));
-        let mut held = hold(&paths, record()).unwrap();
-        assert!(is_running(&paths));
-        let error = hold(&paths, record()).unwrap_err().to_string();
-        assert!(error.contains("already runs here (process 1)"), "{error}");
-        held.ready().unwrap();
-        assert!(read(&paths).unwrap().unwrap().ready);
-        drop(held);
-        assert!(!is_running(&paths));
+        assert_eq!(running(&paths).unwrap(), []);
+        let mut up = hold(&paths, &Part::ALL, record("up", 1)).unwrap();
+        assert_eq!(running(&paths).unwrap(), [record("up", 1)]);
+        for part in Part::ALL {
+            let error = hold(&paths, &[part], record("agent", 2)).unwrap_err().to_string();
+            assert!(error.contains("already runs here (keelson up, process 1)"), "{error}");
+        }
+        up.ready().unwrap();
+        assert!(read(&paths, Part::Agent).unwrap().unwrap().ready);
+        drop(up);
+        assert!(!is_running(&paths, Part::Agent));
+
+        // Processes of their own get along, but `up` needs all parts.
+        let _agent = hold(&paths, &[Part::Agent], record("agent", 2)).unwrap();
+        let _control_plane =
+            hold(&paths, &[Part::ControlPlane], record("control-plane", 3)).unwrap();
+        assert!(hold(&paths, &Part::ALL, record("up", 1)).is_err());
+        assert_eq!(running(&paths).unwrap(), [record("control-plane", 3), record("agent", 2)]);
         forget(&paths).unwrap();
-        assert_eq!(read(&paths).unwrap(), None);
+        assert_eq!(read(&paths, Part::Agent).unwrap(), None);
     }
 }

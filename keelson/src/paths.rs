@@ -17,6 +17,10 @@ pub(crate) struct Paths {
     pub(crate) pki: PathBuf,
     /// The administrator's kubeconfig.
     pub(crate) admin_kubeconfig: PathBuf,
+    /// The kubeconfig of this machine's node, which a control plane of its own process writes.
+    pub(crate) kubelet_kubeconfig: PathBuf,
+    /// The kubeconfig of the service proxy, likewise.
+    pub(crate) proxy_kubeconfig: PathBuf,
     /// The store's folder.
     pub(crate) store: PathBuf,
     /// Images, sandboxes and containers.
@@ -41,6 +45,8 @@ impl Paths {
             container_logs: dir.join("log/containers"),
             pki: dir.join("pki"),
             admin_kubeconfig: dir.join("admin.conf"),
+            kubelet_kubeconfig: dir.join("kubelet.conf"),
+            proxy_kubeconfig: dir.join("kube-proxy.conf"),
             store: dir.join("store"),
             runtime: dir.join("runtime"),
             run: run_folder(&dir),
@@ -58,6 +64,8 @@ impl Paths {
             container_logs: "/var/log/containers".into(),
             pki: "/etc/kubernetes/pki".into(),
             admin_kubeconfig: "/etc/kubernetes/admin.conf".into(),
+            kubelet_kubeconfig: "/etc/kubernetes/kubelet.conf".into(),
+            proxy_kubeconfig: "/etc/kubernetes/kube-proxy.conf".into(),
             store: "/var/lib/keelson/store".into(),
             runtime: "/var/lib/keelson/runtime".into(),
             run: "/run/keelson".into(),
@@ -74,6 +82,8 @@ impl Paths {
             &self.container_logs,
             &self.pki,
             &self.admin_kubeconfig,
+            &self.kubelet_kubeconfig,
+            &self.proxy_kubeconfig,
             &self.store,
             &self.runtime,
             &self.run,

@@ -12,8 +12,12 @@ use keelson_proxy::{DetectLocal, Family, Mode, NodePortAddresses, ProxyConfig, S
 use crate::{
     cli::{FamilyName, ProxyArgs},
     config::{ProxySettings, duration},
+    credentials::Credentials,
+    instance::{self, Part, Record},
     manifests::Manifests,
-    node, notify, run,
+    node, notify,
+    paths::Paths,
+    routes, run,
 };
 
 /// The switch that has a config for `ipvs` served by nftables.
@@ -238,12 +242,23 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
             .as_ref()
             .or(settings.client_connection.kubeconfig.as_ref())
             .context("--kubeconfig, or clientConnection.kubeconfig in --config, is needed")?;
-        let config = config(&settings, &name, Vec::new(), None)?;
+        let credentials = Credentials::read(path).await?;
+        let cluster_cidr = credentials.facts.as_ref().map(|facts| facts.cluster_cidr);
+        let config = config(&settings, &name, Vec::new(), cluster_cidr)?;
         protect(settings.oom_score_adj.unwrap_or(OOM_SCORE_ADJ));
         let healthz = config.healthz_bind_address;
         let shutdown = run::shutdown_on_signal()?;
-        let client = run::client(path).await?;
+        let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
+        let record = Record { role: "proxy".to_owned(), ..Record::of_this_process(&name) };
+        let mut held = instance::hold(&paths, &[Part::Proxy], record)?;
+        let client = credentials.client();
+        if credentials.facts.is_some() {
+            // A cluster of Keelson's own has no CNI plugin that would see to it.
+            tokio::spawn(routes::run(client.clone(), name, shutdown.clone()));
+        }
+        tokio::spawn(credentials.keep_current(shutdown.clone()));
         let proxy = tokio::spawn(keelson_proxy::run(config, client, shutdown.clone()));
+        held.ready()?;
         notify::notify("READY=1");
         let watchdog = notify::watchdog(run::healthy(healthz, "/livez"), shutdown);
         let (ended, ()) = tokio::join!(proxy, watchdog);

@@ -16,10 +16,10 @@ use crate::{
     config::{KubeletSettings, ProxyFlags, ProxySettings},
     control_plane::ControlPlane,
     demo, detach, image,
-    instance::{self, Held, Record},
+    instance::{self, Held, Part, Record},
     node, notify,
     paths::Paths,
-    proxy,
+    proxy, routes,
     run::{self, MainTasks},
 };
 
@@ -47,6 +47,7 @@ pub(crate) fn run(args: &UpArgs) -> anyhow::Result<()> {
         let shutdown = run::shutdown_on_signal()?;
         let held = instance::hold(
             &paths,
+            &Part::ALL,
             Record {
                 role: "up".to_owned(),
                 api_server: Some(format!("https://{address}:{}", args.cluster.api_port)),
@@ -82,7 +83,8 @@ impl Started<'_> {
         if args.demo {
             println!("starting the control plane …");
         }
-        let control_plane = ControlPlane::start(paths, &args.cluster, name, address, &shutdown);
+        let control_plane =
+            ControlPlane::start(paths, &args.cluster, name, address, false, &shutdown);
         let Some(control_plane) = run::unless_stopped(control_plane, &shutdown).await? else {
             return Ok(());
         };
@@ -90,6 +92,11 @@ impl Started<'_> {
         let tasks = MainTasks::new(shutdown.clone());
         let proxy_client =
             server.client(UserInfo::user("system:kube-proxy", &["system:node-proxier"]));
+        let routes = routes::run(proxy_client.clone(), name.to_owned(), shutdown.clone());
+        tasks.spawn("routes to other nodes", async move {
+            routes.await;
+            Ok(())
+        });
         let proxy = keelson_proxy::run(proxy_config, proxy_client, shutdown.clone());
         tasks.spawn("service proxy", async move { Ok(proxy.await?) });
         let options = NodeOptions {

@@ -279,7 +279,7 @@ impl Cluster {
     /// # Panics
     /// When `down` fails.
     pub fn down(&mut self) -> Vec<String> {
-        let record = fs::read(self.machine.data_dir().join("run/instance.json")).expect("a record");
+        let record = fs::read(self.machine.data_dir().join("run/agent.json")).expect("a record");
         let record: Value = serde_json::from_slice(&record).expect("a record in JSON");
         let cgroup = record["cgroup_root"].as_str().expect("the cgroup's name").to_owned();
         let output = self.machine.keelson(&["down"]).output().expect("the binary");

@@ -27,7 +27,7 @@ impl Authenticator for Authenticators {
         // A certificate goes before a token, as in Kubernetes.
         let mut problem = None;
         if let Some(certificate) = &credentials.client_certificate {
-            match x509::user(certificate) {
+            match certificate.as_ref().map_err(Clone::clone).and_then(|der| x509::user(der)) {
                 Ok(user) => return Ok(Some(authenticated(user))),
                 Err(error) => problem = Some(error),
             }

@@ -150,9 +150,9 @@ pub trait Authorizer: Send + Sync + 'static {
 /// What came with a request that may say who asks.
 #[derive(Clone, Debug, Default)]
 pub struct Credentials {
-    /// The client's certificate in DER, its chain already verified against the cluster's client
-    /// certificate authority in the TLS handshake.
-    pub client_certificate: Option<Vec<u8>>,
+    /// The client's certificate in DER, with its key proven and its chain and dates verified against
+    /// the cluster's authority; or why it is no good.
+    pub client_certificate: Option<Result<Vec<u8>, String>>,
     /// The `Authorization: Bearer` token.
     pub bearer_token: Option<String>,
 }

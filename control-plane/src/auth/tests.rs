@@ -119,15 +119,13 @@ async fn certificates_go_before_tokens_and_bad_ones_are_refused() {
     let robot = authenticator.authenticate(&with(Some(&token))).await.unwrap().unwrap();
     assert!(robot.groups.contains(&"system:authenticated".to_owned()));
     assert!(authenticator.authenticate(&with(Some("x"))).await.is_err());
-    assert!(
-        authenticator
-            .authenticate(&Credentials {
-                client_certificate: Some(vec![1, 2, 3]),
-                ..Credentials::default()
-            })
-            .await
-            .is_err()
-    );
+    for bad in [Ok(vec![1, 2, 3]), Err("another authority signed it".to_owned())] {
+        let with = |token| Credentials { client_certificate: Some(bad.clone()), ..with(token) };
+        assert!(authenticator.authenticate(&with(None)).await.is_err());
+        // A token that came along still counts.
+        let robot = authenticator.authenticate(&with(Some(&token))).await.unwrap().unwrap();
+        assert_eq!(robot.username, "system:serviceaccount:a:robot");
+    }
 
     let review = |token: &str| {
         reviews::token_review(&json!({ "spec": { "token": token } }), &tokens, now).unwrap()

@@ -6,8 +6,7 @@ use super::UserInfo;
 use crate::pki::observe::strings;
 
 /// The user that a certificate names: common name → user name, organizations → groups, as
-/// Kubernetes documents it. The TLS handshake has verified the chain, the dates and that it may be
-/// used by clients.
+/// Kubernetes documents it. Chain, dates and that it may be used by clients are verified already.
 ///
 /// # Errors
 /// It is no certificate, or names nobody.

@@ -16,6 +16,7 @@ use hickory_server::{
 };
 
 use super::{
+    clients::Clients,
     forward::Forwarder,
     metrics::DnsMetrics,
     zone::{Lookup, Zone},
@@ -28,8 +29,8 @@ const UDP_BYTES: u16 = 1_232;
 
 /// What is said to a question.
 #[derive(Debug)]
-struct Answer {
-    code: ResponseCode,
+pub(super) struct Answer {
+    pub(super) code: ResponseCode,
     authoritative: bool,
     records: Vec<Record>,
     authorities: Vec<Record>,
@@ -55,6 +56,7 @@ pub(crate) struct Responder {
     /// Whether the zone is complete; before that nobody is told that a name is not there.
     pub(crate) complete: Arc<AtomicBool>,
     pub(crate) forwarder: Arc<Forwarder>,
+    pub(super) clients: Arc<Clients>,
     pub(crate) metrics: DnsMetrics,
 }
 
@@ -129,7 +131,17 @@ impl Responder {
     }
 
     /// What to say to a request that may not even be a question.
-    async fn respond(&self, request: &Request) -> Answer {
+    pub(super) async fn respond(&self, request: &Request) -> Answer {
+        let client = request.src().ip();
+        if !self.clients.are_answered(client) {
+            if let Some(count) = self.clients.refuse(std::time::Instant::now()) {
+                tracing::warn!(
+                    %client, count,
+                    "refused DNS questions from outside of the cluster's pods and nodes"
+                );
+            }
+            return Answer::only(ResponseCode::Refused);
+        }
         if request.metadata.op_code != OpCode::Query
             || request.metadata.message_type != MessageType::Query
         {
@@ -162,7 +174,7 @@ impl RequestHandler for Responder {
         let mut metadata = Metadata::response_from_request(&request.metadata);
         metadata.response_code = answer.code;
         metadata.authoritative = answer.authoritative;
-        metadata.recursion_available = true;
+        metadata.recursion_available = answer.code != ResponseCode::Refused;
         let mut edns = Edns::new();
         edns.set_max_payload(UDP_BYTES.min(request.max_payload()));
         let mut builder = MessageResponseBuilder::from_message_request(request);

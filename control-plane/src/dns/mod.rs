@@ -9,12 +9,14 @@
 //! * [`zone`]: the Kubernetes DNS specification, as a pure function of the objects.
 //! * [`answer`]: questions and answers on the wire (hickory).
 //! * [`forward`]: everything else.
+//! * [`clients`]: who is answered at all.
 //! * [`publish`]: makes the server reachable as `kube-system/kube-dns`.
 //!
 //! Until the zone is complete the cluster's names are answered with SERVFAIL: nobody is told that
 //! a name is not there which is.
 
 mod answer;
+mod clients;
 mod forward;
 mod metrics;
 mod publish;
@@ -32,10 +34,11 @@ use std::{
 };
 
 use hickory_server::Server;
+use ipnet::IpNet;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio_util::sync::CancellationToken;
 
-use self::{answer::Responder, forward::Forwarder, zone::Zone};
+use self::{answer::Responder, clients::Clients, forward::Forwarder, zone::Zone};
 use crate::informers::Informers;
 
 pub use self::{
@@ -59,6 +62,9 @@ pub struct DnsConfig {
     pub resolv_conf: PathBuf,
     /// Further addresses that lead to this server, such as the Service's: they are never asked.
     pub own_addresses: Vec<IpAddr>,
+    /// The cluster's pods. Their questions are answered, and those of nodes and of this machine;
+    /// everybody else's are refused.
+    pub pod_ranges: Vec<IpNet>,
 }
 
 /// Why cluster DNS can't run.
@@ -94,14 +100,21 @@ pub async fn run(
     let complete = Arc::new(AtomicBool::new(false));
     let mut own = config.own_addresses.clone();
     own.extend(config.listen.iter().map(SocketAddr::ip));
+    let mut answered = config.pod_ranges;
+    answered.extend(config.listen.iter().map(|address| IpNet::from(address.ip())));
+    let clients = Arc::new(Clients::new(answered));
     let responder = Responder {
         zone: zone.clone(),
         complete: complete.clone(),
+        clients: clients.clone(),
         forwarder: Arc::new(Forwarder::new(config.resolv_conf, own)),
         metrics,
     };
     let (mut server, _) = listen(responder, &config.listen).await?;
     follow(&informers, &zone);
+    informers.nodes.on_change(move |change| {
+        clients.set_node(&change.key().name, change.after.as_deref());
+    });
     if informers.namespaces.synced(&shutdown).await
         && informers.services.synced(&shutdown).await
         && informers.endpoint_slices.synced(&shutdown).await
@@ -156,6 +169,7 @@ mod tests {
         op::{Message, MessageType, OpCode, Query, ResponseCode},
         rr::{Name, RecordType},
     };
+    use hickory_server::{net::xfer::Protocol, server::Request};
     use keelson_api::object::ObjectKey;
     use serde_json::json;
     use tokio::{
@@ -182,6 +196,7 @@ mod tests {
             zone: Arc::new(RwLock::new(zone)),
             complete: Arc::new(AtomicBool::new(true)),
             forwarder: Arc::new(Forwarder::new("/nonexistent/resolv.conf".into(), Vec::new())),
+            clients: Arc::new(Clients::new(Vec::new())),
             metrics: DnsMetrics::register(&prometheus::Registry::new()).unwrap(),
         }
     }
@@ -208,6 +223,19 @@ mod tests {
         let mut buffer = vec![0; stream.read_u16().await.unwrap().into()];
         stream.read_exact(&mut buffer).await.unwrap();
         Message::from_vec(&buffer).unwrap()
+    }
+
+    #[tokio::test]
+    async fn strangers_are_refused() {
+        let responder = responder(1);
+        let bytes = question("db.d.svc.cluster.local.").to_vec().unwrap();
+        let asked_from = async |client: &str| {
+            let client = client.parse().unwrap();
+            let request = Request::from_bytes(bytes.clone(), client, Protocol::Udp).unwrap();
+            responder.respond(&request).await.code
+        };
+        assert_eq!(asked_from("127.0.0.1:5353").await, ResponseCode::NoError);
+        assert_eq!(asked_from("203.0.113.5:5353").await, ResponseCode::Refused);
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! The file by which kubectl and other clients find the cluster.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::CertificateAndKey;
 
@@ -20,6 +20,8 @@ pub struct Kubeconfig<'a> {
     pub user: &'a str,
     /// The context's name in the file.
     pub context: &'a str,
+    /// What else is said of the cluster, and under which name.
+    pub extension: Option<(&'a str, &'a Value)>,
 }
 
 /// A kubeconfig as YAML, with all certificates in it, so that the one file is enough.
@@ -31,6 +33,9 @@ pub fn kubeconfig(config: &Kubeconfig<'_>) -> String {
     let [authority, certificate, key] =
         [config.ca_pem, &config.client.certificate_pem, &config.client.key_pem]
             .map(|pem| STANDARD.encode(pem));
+    let extensions = config.extension.map_or_else(String::new, |(name, extension)| {
+        format!("\n    extensions: {}", json!([{ "name": name, "extension": extension }]))
+    });
     format!(
         "apiVersion: v1
 kind: Config
@@ -38,7 +43,7 @@ clusters:
 - name: {cluster}
   cluster:
     certificate-authority-data: {authority}
-    server: {server}
+    server: {server}{extensions}
 contexts:
 - name: {context}
   context:

@@ -18,6 +18,8 @@
 //! * `observe.rs`: reads what is in the folder.
 //! * `apply.rs`: makes keys and certificates, and writes each file in one step.
 //! * [`tls`]: rustls configurations that follow a renewal without a restart.
+//! * [`client_certificates`]: the API server's judgement of what clients show.
+//! * `signer.rs`: certificates for others, which are not kept here.
 //! * [`mod@kubeconfig`]: the file that kubectl takes.
 //!
 //! What is never done: a certificate authority that exists is not replaced and not written to, not
@@ -27,9 +29,11 @@
 //! at all, a key before its certificate; a pair that does not belong together is issued again.
 
 pub(crate) mod apply;
+pub(crate) mod client_certificates;
 pub mod kubeconfig;
 pub(crate) mod observe;
 pub(crate) mod plan;
+mod signer;
 pub mod tls;
 
 #[cfg(test)]
@@ -47,9 +51,11 @@ use std::{
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
+pub use client_certificates::ApiServerTls;
 pub use kubeconfig::{Kubeconfig, kubeconfig};
 pub use plan::Leaf;
 use plan::Wanted;
+pub use signer::Signer;
 
 /// How often the certificates are looked at while the process runs.
 const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
@@ -223,15 +229,26 @@ impl ClusterPki {
         Ok(renewed)
     }
 
-    /// Looks at the certificates every hour until `shutdown`, and renews them in time.
-    pub async fn keep_renewed(self: Arc<Self>, shutdown: CancellationToken) {
+    /// Looks at the certificates every hour until `shutdown`, and renews them in time. Each time it
+    /// calls `afterwards`, which may block, for what is made of certificates elsewhere.
+    pub async fn keep_renewed(
+        self: Arc<Self>,
+        afterwards: impl Fn(&Self) + Send + Sync + 'static,
+        shutdown: CancellationToken,
+    ) {
+        let afterwards = Arc::new(afterwards);
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(RENEWAL_CHECK) => {}
             }
-            let pki = Arc::clone(&self);
-            match tokio::task::spawn_blocking(move || pki.renew()).await {
+            let (pki, afterwards) = (Arc::clone(&self), Arc::clone(&afterwards));
+            let renewal = tokio::task::spawn_blocking(move || {
+                let renewed = pki.renew();
+                afterwards(&pki);
+                renewed
+            });
+            match renewal.await {
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => tracing::error!(%error, "could not renew the certificates"),
                 Err(error) => tracing::error!(%error, "the renewal of certificates broke off"),
@@ -279,29 +296,17 @@ impl ClusterPki {
         held[&leaf].files.clone() // all leaves are held since `load_or_create`
     }
 
-    /// Issues a client certificate that is not kept: user `name`, member of `organization`.
-    ///
-    /// # Errors
-    /// A life that ends before it begins, or a name that no certificate can hold.
-    pub fn issue_client(
-        &self,
-        name: &str,
-        organization: Option<&str>,
-        life: Duration,
-    ) -> Result<CertificateAndKey, PkiError> {
-        self.authority.issue(&Wanted::client(name, organization), life, Timestamp::now())
-    }
-
-    /// The API server's TLS: its certificate, and client certificates that are optional but, where
-    /// given, must come from the cluster's authority.
+    /// The API server's TLS: its certificate, and client certificates, which are optional and are
+    /// judged request by request.
     ///
     /// # Errors
     /// rustls refuses the certificates.
-    pub fn api_server_config(&self) -> Result<Arc<rustls::ServerConfig>, PkiError> {
-        tls::server_config(self.ca_pem(), self.key(Leaf::ApiServer))
+    pub fn api_server_tls(&self) -> Result<ApiServerTls, PkiError> {
+        ApiServerTls::new(self.ca_pem(), self.key(Leaf::ApiServer))
     }
 
-    /// The kubelet's TLS, in the same way.
+    /// The kubelet's TLS: its certificate, and client certificates that are optional but, where
+    /// given, must come from the cluster's authority.
     ///
     /// # Errors
     /// rustls refuses the certificates.
@@ -326,9 +331,16 @@ impl ClusterPki {
         Arc::clone(&held[&leaf].tls)
     }
 
-    /// A kubeconfig with one of the cluster's client certificates in it.
+    /// A kubeconfig with one of the cluster's client certificates in it, and with what else is said
+    /// of the cluster.
     #[must_use]
-    pub fn kubeconfig(&self, leaf: Leaf, server_url: &str, user: &str) -> String {
+    pub fn kubeconfig(
+        &self,
+        leaf: Leaf,
+        server_url: &str,
+        user: &str,
+        extension: Option<(&str, &serde_json::Value)>,
+    ) -> String {
         kubeconfig(&Kubeconfig {
             server_url,
             ca_pem: self.ca_pem(),
@@ -336,6 +348,7 @@ impl ClusterPki {
             cluster: "keelson",
             user,
             context: &format!("{user}@keelson"),
+            extension,
         })
     }
 }

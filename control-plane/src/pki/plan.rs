@@ -131,6 +131,17 @@ impl Wanted {
         }
         Ok(wanted)
     }
+
+    /// What the kubelet of another machine shows to the API server.
+    pub(crate) fn kubelet_server(node: &str, addresses: &[IpAddr]) -> Result<Self, PkiError> {
+        let mut names = vec![node.to_owned()];
+        names.extend(addresses.iter().map(ToString::to_string));
+        Ok(Self {
+            names: canonical(names)?,
+            usage: Usage::Server,
+            ..Self::client(&format!("system:node:{node}"), Some("system:nodes"))
+        })
+    }
 }
 
 fn own_names(config: &PkiConfig) -> Vec<String> {

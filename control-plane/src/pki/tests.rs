@@ -10,7 +10,10 @@ use std::{
 };
 
 use jiff::{Timestamp, ToSpan};
-use rustls::{ClientConnection, ServerConnection, pki_types::ServerName};
+use rustls::{
+    ClientConnection, ServerConnection,
+    pki_types::{ServerName, UnixTime},
+};
 
 use super::{plan::*, *};
 
@@ -153,7 +156,7 @@ fn whatever_a_kill_left_is_completed_and_the_authority_kept() {
     fs::write(path.join("apiserver.crt.new"), "half").unwrap();
     let again = ClusterPki::load_or_create(&path, &config()).unwrap();
     handshake(
-        &again.api_server_config().unwrap(),
+        &again.api_server_tls().unwrap().config,
         &again.client_config(None).unwrap(),
         "kubernetes",
     )
@@ -238,7 +241,13 @@ fn handshake(
 fn handshakes() {
     let dir = tempfile::tempdir().unwrap();
     let pki = ClusterPki::load_or_create(dir.path(), &config()).unwrap();
-    let server = pki.api_server_config().unwrap();
+    let tls = pki.api_server_tls().unwrap();
+    let server = tls.config;
+    let judge = |client: &Arc<rustls::ClientConfig>| {
+        let (_, seen) = handshake(&server, client, "localhost").unwrap();
+        tls.clients.judge(&[seen.unwrap().into()], UnixTime::now())
+    };
+    let kubelet = pki.kubelet_server_config().unwrap();
     let nobody = pki.client_config(None).unwrap();
     let admin = pki.client_config(Some(Leaf::Admin)).unwrap();
 
@@ -254,14 +263,24 @@ fn handshakes() {
         ("kubernetes-admin", vec!["system:masters".to_owned()])
     );
 
+    let certificate = judge(&admin).unwrap();
+    let in_time = UnixTime::now();
+    assert!(certificate.der_at(in_time).is_ok());
+    let late = UnixTime::since_unix_epoch(Duration::from_secs(in_time.as_secs()) + LEAF_LIFE * 2);
+    assert!(certificate.der_at(late).is_err(), "a connection does not prolong it");
+
+    // The API server judges after the handshake, kubelets in it.
+    let refused = |client: Arc<rustls::ClientConfig>| {
+        assert!(handshake(&kubelet, &client, "localhost").unwrap_err().starts_with("server:"));
+        judge(&client).unwrap_err()
+    };
     // A client of another cluster.
     let other = tempfile::tempdir().unwrap();
     let other = ClusterPki::load_or_create(other.path(), &config()).unwrap();
     let stranger = tls::client_config(pki.ca_pem(), Some(other.key(Leaf::Admin))).unwrap();
-    assert!(handshake(&server, &stranger, "localhost").unwrap_err().starts_with("server:"));
+    assert!(refused(stranger).contains("the client certificate: "));
     // A server's certificate is no client's.
-    let wrong = pki.client_config(Some(Leaf::ApiServer)).unwrap();
-    assert!(handshake(&server, &wrong, "localhost").unwrap_err().starts_with("server:"));
+    refused(pki.client_config(Some(Leaf::ApiServer)).unwrap());
     // One that has run out.
     let old = pki.authority.issue(
         &Wanted::client("late", None),
@@ -269,10 +288,14 @@ fn handshakes() {
         Timestamp::now() - 1.hours(),
     );
     let old = tls::ReloadingKey::new(tls::certified_key(&old.unwrap(), "late".into()).unwrap());
-    let old = tls::client_config(pki.ca_pem(), Some(Arc::new(old))).unwrap();
-    assert!(handshake(&server, &old, "localhost").unwrap_err().starts_with("server:"));
+    assert!(
+        refused(tls::client_config(pki.ca_pem(), Some(Arc::new(old))).unwrap()).contains("xpired")
+    );
+    // One whose key the client does not hold.
+    let (stolen, own) = (pki.certificate(Leaf::Admin), other.certificate(Leaf::Admin));
+    let files = CertificateAndKey { key_pem: own.key_pem, ..stolen };
+    assert!(tls::certified_key(&files, "stolen".into()).is_err());
     // The kubelet.
-    let kubelet = pki.kubelet_server_config().unwrap();
     let api_server = pki.client_config(Some(Leaf::ApiServerKubeletClient)).unwrap();
     handshake(&kubelet, &api_server, "192.0.2.7").unwrap();
 }
@@ -282,7 +305,7 @@ fn a_renewal_reaches_the_next_handshake_without_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let long_ago = Timestamp::now() - (300 * 24).hours();
     let pki = ClusterPki::load_or_create_at(dir.path().into(), &config(), long_ago).unwrap();
-    let server = pki.api_server_config().unwrap();
+    let server = pki.api_server_tls().unwrap().config;
     let client = pki.client_config(Some(Leaf::Scheduler)).unwrap();
     let before = handshake(&server, &client, "localhost").unwrap();
     assert_eq!(pki.renew().unwrap(), Leaf::ALL);
@@ -303,6 +326,7 @@ fn a_kubeconfig_is_yaml_whatever_the_names() {
         cluster: "a: \"b\"\n- c",
         user: "kubernetes-admin",
         context: "kubernetes-admin@keelson",
+        extension: Some(("keelson", &serde_json::json!({ "podCIDR": "10.244.0.0/16" }))),
     });
     let parsed = kube::config::Kubeconfig::from_yaml(&text).unwrap();
     assert_eq!(parsed.clusters[0].name, "a: \"b\"\n- c");
@@ -310,7 +334,40 @@ fn a_kubeconfig_is_yaml_whatever_the_names() {
         parsed.clusters[0].cluster.as_ref().unwrap().server.as_deref(),
         Some("https://[::1]:6443")
     );
+    let extensions = parsed.clusters[0].cluster.as_ref().unwrap().extensions.as_ref().unwrap();
+    assert_eq!(extensions[0].extension["podCIDR"], "10.244.0.0/16");
     assert_eq!(parsed.current_context.as_deref(), Some("kubernetes-admin@keelson"));
     let user = parsed.auth_infos[0].auth_info.as_ref().unwrap();
     assert!(user.client_certificate_data.is_some() && user.client_key_data.is_some());
+}
+
+#[test]
+fn others_get_certificates_of_an_authority_that_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pki");
+    assert!(Signer::open(&path).unwrap().is_none());
+    assert!(!path.exists(), "nothing is made");
+    let pki = ClusterPki::load_or_create(&path, &config()).unwrap();
+    let signer = Signer::open(&path).unwrap().unwrap();
+    assert_eq!(signer.ca_pem(), pki.ca_pem());
+
+    let key = |files: &CertificateAndKey| {
+        let key = tls::certified_key(files, "test".into()).unwrap();
+        Some(Arc::new(tls::ReloadingKey::new(key)))
+    };
+    let client = signer.client("system:node:n2", Some("system:nodes"), None).unwrap();
+    let client = tls::client_config(pki.ca_pem(), key(&client)).unwrap();
+    let tls = pki.api_server_tls().unwrap();
+    let (_, seen) = handshake(&tls.config, &client, "localhost").unwrap();
+    let seen = tls.clients.judge(&[seen.unwrap().into()], UnixTime::now()).unwrap();
+    let user = crate::auth::x509::user(&seen.der_at(UnixTime::now()).unwrap()).unwrap();
+    assert_eq!(crate::auth::node::node_name(&user), Some("n2"));
+
+    let serving = signer.kubelet_server("n2", &["192.0.2.9".parse().unwrap()], None).unwrap();
+    let kubelet = tls::server_config(pki.ca_pem(), key(&serving).unwrap()).unwrap();
+    let api_server = pki.client_config(Some(Leaf::ApiServerKubeletClient)).unwrap();
+    for name in ["n2", "192.0.2.9"] {
+        handshake(&kubelet, &api_server, name).unwrap();
+    }
+    assert!(handshake(&kubelet, &api_server, "192.0.2.7").is_err());
 }

@@ -4,7 +4,7 @@
 //! connections that are open go on.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
 };
 
@@ -13,7 +13,10 @@ use rustls::{
     client::{ResolvesClientCert, Resumption},
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier},
+    server::{
+        ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+        danger::ClientCertVerifier,
+    },
     sign::CertifiedKey,
 };
 
@@ -26,6 +29,23 @@ pub struct ReloadingKey(RwLock<Arc<CertifiedKey>>);
 impl ReloadingKey {
     pub(crate) fn new(key: CertifiedKey) -> Self {
         Self(RwLock::new(Arc::new(key)))
+    }
+
+    /// One over a pair in PEM. `path` names it in errors.
+    ///
+    /// # Errors
+    /// Certificate or key is none.
+    pub fn of(files: &CertificateAndKey, path: &Path) -> Result<Self, PkiError> {
+        certified_key(files, path.to_owned()).map(Self::new)
+    }
+
+    /// Takes another pair for the next handshakes.
+    ///
+    /// # Errors
+    /// Certificate or key is none; the present one stays.
+    pub fn reload(&self, files: &CertificateAndKey, path: &Path) -> Result<(), PkiError> {
+        self.replace(certified_key(files, path.to_owned())?);
+        Ok(())
     }
 
     pub(crate) fn replace(&self, key: CertifiedKey) {
@@ -82,14 +102,27 @@ fn roots(ca_pem: &str) -> Result<Arc<RootCertStore>, PkiError> {
     Ok(Arc::new(roots))
 }
 
-/// A server's configuration: HTTP/2 and HTTP/1.1, client certificates optional.
+/// Verifies client certificates against an authority; clients need not have one.
+pub(crate) fn client_verifier(ca_pem: &str) -> Result<Arc<dyn ClientCertVerifier>, PkiError> {
+    Ok(WebPkiClientVerifier::builder_with_provider(roots(ca_pem)?, provider())
+        .allow_unauthenticated()
+        .build()?)
+}
+
+/// A server's configuration: HTTP/2 and HTTP/1.1, client certificates optional, but refused in the
+/// handshake if they are no good.
 ///
 /// # Errors
 /// The authority is no certificate that clients can be verified against.
 pub fn server_config(ca_pem: &str, key: Arc<ReloadingKey>) -> Result<Arc<ServerConfig>, PkiError> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots(ca_pem)?, provider())
-        .allow_unauthenticated()
-        .build()?;
+    server_config_with(client_verifier(ca_pem)?, key)
+}
+
+/// A server's configuration with a verifier of its own.
+pub(crate) fn server_config_with(
+    verifier: Arc<dyn ClientCertVerifier>,
+    key: Arc<ReloadingKey>,
+) -> Result<Arc<ServerConfig>, PkiError> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()?
         .with_client_cert_verifier(verifier)

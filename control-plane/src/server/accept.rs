@@ -19,6 +19,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::pki_types::UnixTime;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -33,6 +34,7 @@ use super::{
     peers::Peers,
     service::{ApiService, Peer},
 };
+use crate::pki::{ApiServerTls, client_certificates::ClientAuthority};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long requests that are being served may go on after a shutdown began.
@@ -45,8 +47,9 @@ const GOODBYE: Duration = Duration::from_secs(10);
 const STREAMS: u32 = 100;
 
 /// Serves until the shutdown, and then until what was begun is done or [`DRAIN`] is over.
-pub(crate) async fn run(core: Arc<Core>, listener: TcpListener, tls: Arc<rustls::ServerConfig>) {
-    let acceptor = TlsAcceptor::from(tls);
+pub(crate) async fn run(core: Arc<Core>, listener: TcpListener, tls: ApiServerTls) {
+    let acceptor = TlsAcceptor::from(tls.config);
+    let clients = tls.clients;
     let room = Arc::new(Semaphore::new(core.limits.max_connections));
     let peers = Peers::new(core.limits.max_connections_per_peer);
     let connections = TaskTracker::new();
@@ -62,7 +65,7 @@ pub(crate) async fn run(core: Arc<Core>, listener: TcpListener, tls: Arc<rustls:
             tracing::debug!(%peer, "a connection was refused: its peer has too many");
             continue;
         };
-        let connection = serve(Arc::clone(&core), acceptor.clone(), stream, peer);
+        let connection = serve(Arc::clone(&core), acceptor.clone(), clients.clone(), stream, peer);
         let cut_off = cut_off.clone();
         core.tasks.spawn(connections.track_future(async move {
             tokio::select! {
@@ -96,7 +99,13 @@ async fn accept(
     }
 }
 
-async fn serve(core: Arc<Core>, acceptor: TlsAcceptor, stream: TcpStream, peer: SocketAddr) {
+async fn serve(
+    core: Arc<Core>,
+    acceptor: TlsAcceptor,
+    clients: ClientAuthority,
+    stream: TcpStream,
+    peer: SocketAddr,
+) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%peer, %error, "could not set TCP_NODELAY");
     }
@@ -117,8 +126,8 @@ async fn serve(core: Arc<Core>, acceptor: TlsAcceptor, stream: TcpStream, peer: 
         .get_ref()
         .1
         .peer_certificates()
-        .and_then(|chain| chain.first())
-        .map(|certificate| Arc::from(certificate.as_ref()));
+        .filter(|chain| !chain.is_empty())
+        .map(|chain| clients.judge(chain, UnixTime::now()));
     let speaks_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let info = Peer { certificate };
     let api = ApiService::new(Arc::clone(&core));

@@ -16,6 +16,7 @@ use crate::{
     admission::Admission,
     auth::{Anonymous, Authenticator, Authorizer},
     lookup::Lookup,
+    pki::ApiServerTls,
 };
 
 /// How an API server is set up.
@@ -34,7 +35,7 @@ pub struct ApiServerConfig {
     /// Where Services get their node ports.
     pub node_ports: RangeInclusive<u16>,
     /// The server's certificate, and the authority of client certificates (optional to clients).
-    pub tls: Arc<rustls::ServerConfig>,
+    pub tls: ApiServerTls,
     /// How this server shows itself to kubelets, and what it verifies them against. Without it
     /// logs, exec, attach, port-forward and the node proxy are refused.
     pub kubelet_tls: Option<Arc<rustls::ClientConfig>>,

@@ -21,6 +21,7 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 use http::{Method, Request, StatusCode, header, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited, combinators::UnsyncBoxBody};
+use rustls::pki_types::UnixTime;
 use tokio::sync::OwnedSemaphorePermit;
 use tower::Service;
 
@@ -36,6 +37,7 @@ use super::{
 };
 use crate::{
     auth::{Attributes, Credentials, Decision, UserInfo, impersonation, messages},
+    pki::client_certificates::ClientCertificate,
     registry::Resource,
     status::Status,
 };
@@ -54,10 +56,21 @@ pub(crate) type RequestBody = UnsyncBoxBody<Bytes, BodyError>;
 pub(crate) struct BodyError(BoxError);
 
 /// What is known of the connection that a request came over.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Peer {
-    /// The client's certificate, verified.
-    pub(crate) certificate: Option<Arc<[u8]>>,
+    /// The client's certificate if it showed one, or why that is no good.
+    pub(crate) certificate: Option<Result<ClientCertificate, String>>,
+}
+
+impl Peer {
+    /// The certificate as it counts now.
+    fn certificate_now(&self) -> Option<Result<Vec<u8>, String>> {
+        let now = UnixTime::now();
+        self.certificate.as_ref().map(|judged| match judged {
+            Ok(certificate) => certificate.der_at(now),
+            Err(reason) => Err(reason.clone()),
+        })
+    }
 }
 
 /// The API server as a service.
@@ -173,10 +186,7 @@ async fn identify(core: &Core, info: &RequestInfo, request: &Parts) -> Result<Us
         scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned())
     });
     let credentials = Credentials {
-        client_certificate: request
-            .extensions
-            .get::<Peer>()
-            .and_then(|peer| peer.certificate.as_deref().map(<[u8]>::to_vec)),
+        client_certificate: request.extensions.get::<Peer>().and_then(Peer::certificate_now),
         bearer_token: bearer.or_else(|| websocket_token(request)),
     };
     match core.security.authenticator.authenticate(&credentials).await {

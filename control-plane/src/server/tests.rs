@@ -2,6 +2,7 @@
 
 mod api;
 mod bounds;
+mod certificates;
 mod fixture;
 mod kinds;
 mod kubectl;

@@ -34,7 +34,7 @@ pub(super) fn host_name(sandbox: &SandboxId) -> String {
     format!("{PREFIX}{}", sandbox.as_str().get(..12).unwrap_or(sandbox.as_str()))
 }
 
-fn failed(what: &str, error: &rtnetlink::Error) -> RuntimeError {
+pub(super) fn failed(what: &str, error: &rtnetlink::Error) -> RuntimeError {
     let source = match error {
         rtnetlink::Error::NetlinkError(message) => message.to_io(),
         other => io::Error::other(other.to_string()),
@@ -49,7 +49,7 @@ fn open() -> io::Result<Handle> {
     Ok(handle)
 }
 
-fn netlink() -> Result<Handle> {
+pub(super) fn netlink() -> Result<Handle> {
     open().map_err(|source| RuntimeError::Io { what: "route netlink".into(), source })
 }
 

@@ -16,6 +16,7 @@
 //! * `addresses`: which pod has which address, as files
 //! * `link`: namespaces, interfaces, routes
 //! * `filter`: the packet filter's table: masquerade and host ports
+//! * `routes`: the way to other nodes' pods
 //! * `check`: what on the host stands in the way
 //!
 //! Everything that is done inside a pod's namespace is done on a thread that ends afterwards.
@@ -25,6 +26,7 @@ mod check;
 mod filter;
 mod link;
 mod netns;
+mod routes;
 
 use std::{
     collections::BTreeMap,
@@ -35,9 +37,12 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net};
 
-pub use self::check::{Finding, check};
 pub(crate) use self::netns::{connect_inside, interface_stats};
 use self::{addresses::Addresses, filter::HostPort};
+pub use self::{
+    check::{Finding, check},
+    routes::{NodeRoutes, remove_node_routes, set_node_routes},
+};
 use crate::runtime::{PortMapping, Result, RuntimeError, SandboxId};
 
 /// How the pods' network is set up.

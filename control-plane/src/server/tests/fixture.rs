@@ -70,7 +70,7 @@ async fn start(
         advertise_address: "192.0.2.7".parse().unwrap(),
         service_cidrs: vec!["10.96.0.0/12".parse().unwrap()],
         node_ports: 30000..=32767,
-        tls: pki.api_server_config().unwrap(),
+        tls: pki.api_server_tls().unwrap(),
         kubelet_tls: Some(pki.client_config(Some(Leaf::ApiServerKubeletClient)).unwrap()),
         security: Box::new(move |lookup| security.over(lookup).map_err(Into::into)),
         metrics: prometheus::Registry::new(),
@@ -139,7 +139,7 @@ impl World {
     pub(super) fn kubeconfig(&self) -> PathBuf {
         let url = format!("https://{}", self.server.address());
         let path = self.dir.path().join("admin.conf");
-        std::fs::write(&path, self.pki.kubeconfig(Leaf::Admin, &url, "admin")).unwrap();
+        std::fs::write(&path, self.pki.kubeconfig(Leaf::Admin, &url, "admin", None)).unwrap();
         path
     }
 

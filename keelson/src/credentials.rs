@@ -1,0 +1,202 @@
+//! A part's way to the API server, as its kubeconfig file describes it, for as long as the part runs:
+//! a file that is replaced (its certificates are renewed in time) is taken without a restart.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use anyhow::Context;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use http::Request;
+use keelson_control_plane::pki::tls::{self, ReloadingKey};
+use kube::{
+    Client,
+    client::Body,
+    config::{Config, KubeConfigOptions, Kubeconfig},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::ClusterFacts;
+
+/// How often the file is looked at.
+const CHECK: Duration = Duration::from_secs(30);
+
+/// What a kubeconfig gives a part.
+pub(crate) struct Credentials {
+    path: PathBuf,
+    /// The file's text that is in use.
+    text: String,
+    current: Arc<RwLock<Client>>,
+    namespace: String,
+    serving: Option<Arc<ReloadingKey>>,
+    /// What the file says of the cluster, if Keelson issued it.
+    pub(crate) facts: Option<ClusterFacts>,
+    /// The authority of the cluster in PEM, if it stands in the file.
+    ca_pem: Option<String>,
+}
+
+/// A kubeconfig file as read.
+struct Read {
+    text: String,
+    client: Client,
+    namespace: String,
+    facts: Option<ClusterFacts>,
+    ca_pem: Option<String>,
+}
+
+impl Credentials {
+    /// Reads a kubeconfig file.
+    ///
+    /// # Errors
+    /// When it can't be read or understood.
+    pub(crate) async fn read(path: &Path) -> anyhow::Result<Self> {
+        let Read { text, client, namespace, facts, ca_pem } = read(path).await?;
+        let serving = facts.as_ref().and_then(|facts| facts.serving.clone());
+        let serving = serving.map(|pair| ReloadingKey::of(&pair.into(), path)).transpose()?;
+        Ok(Self {
+            path: path.to_owned(),
+            text,
+            current: Arc::new(RwLock::new(client)),
+            namespace,
+            serving: serving.map(Arc::new),
+            facts,
+            ca_pem,
+        })
+    }
+
+    /// A client that always uses the credentials that are in the file now.
+    pub(crate) fn client(&self) -> Client {
+        let current = Arc::clone(&self.current);
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let client = current.read().unwrap_or_else(PoisonError::into_inner).clone();
+            async move { client.send(request).await }
+        });
+        Client::new(service, self.namespace.clone())
+    }
+
+    /// The TLS of the kubelet's HTTPS port, if the file has a certificate for it: clients are known
+    /// by certificates of the cluster's authority.
+    ///
+    /// # Errors
+    /// rustls refuses the certificates.
+    pub(crate) fn serving_tls(&self) -> anyhow::Result<Option<Arc<rustls::ServerConfig>>> {
+        let (Some(serving), Some(ca)) = (&self.serving, &self.ca_pem) else { return Ok(None) };
+        Ok(Some(tls::server_config(ca, Arc::clone(serving))?))
+    }
+
+    /// Follows the file until `shutdown`.
+    pub(crate) async fn keep_current(mut self, shutdown: CancellationToken) {
+        let mut ticks = tokio::time::interval(CHECK);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = shutdown.cancelled() => return,
+            }
+            match self.refresh().await {
+                Ok(false) => {}
+                Ok(true) => tracing::info!(file = %self.path.display(), "took new credentials"),
+                Err(error) => {
+                    tracing::warn!("{error:#}; going on with the credentials from before");
+                }
+            }
+        }
+    }
+
+    /// Takes what stands in the file now. Returns whether it is new.
+    async fn refresh(&mut self) -> anyhow::Result<bool> {
+        let text = tokio::fs::read_to_string(&self.path)
+            .await
+            .with_context(|| format!("kubeconfig {}", self.path.display()))?;
+        if text == self.text {
+            return Ok(false);
+        }
+        let read = read(&self.path).await?;
+        let pair = read.facts.and_then(|facts| facts.serving);
+        if let (Some(serving), Some(pair)) = (&self.serving, pair) {
+            serving.reload(&pair.into(), &self.path)?;
+        }
+        // With connections of its own, so that the next request shows the new certificate.
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = read.client;
+        self.text = read.text;
+        Ok(true)
+    }
+}
+
+async fn read(path: &Path) -> anyhow::Result<Read> {
+    let context = || format!("kubeconfig {}", path.display());
+    let text = tokio::fs::read_to_string(path).await.with_context(context)?;
+    // With its relative paths made whole.
+    let kubeconfig = Kubeconfig::read_from(path).with_context(context)?;
+    let facts = ClusterFacts::of(&kubeconfig).with_context(context)?;
+    let cluster = kubeconfig.clusters.iter().find_map(|named| named.cluster.as_ref());
+    let ca_pem = cluster
+        .and_then(|cluster| cluster.certificate_authority_data.as_ref())
+        .and_then(|data| STANDARD.decode(data).ok())
+        .and_then(|pem| String::from_utf8(pem).ok());
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        .await
+        .with_context(context)?;
+    let namespace = config.default_namespace.clone();
+    let client = Client::try_from(config).with_context(context)?;
+    Ok(Read { text, client, namespace, facts, ca_pem })
+}
+
+#[cfg(test)]
+mod tests {
+    use keelson_control_plane::pki::{self, CertificateAndKey};
+    use serde_json::json;
+
+    use super::*;
+
+    fn kubeconfig(server: &str, files: &CertificateAndKey) -> String {
+        let facts = json!({"clusterCIDR": "10.244.0.0/16", "clusterDNS": "10.96.0.10",
+            "clusterDomain": "cluster.local",
+            "serving": {"certificate": files.certificate_pem, "key": files.key_pem}});
+        pki::kubeconfig(&pki::Kubeconfig {
+            server_url: server,
+            ca_pem: &files.certificate_pem,
+            client: files,
+            cluster: "c",
+            user: "u",
+            context: "u@c",
+            extension: Some((crate::cluster::EXTENSION, &facts)),
+        })
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_replaced_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kubelet.conf");
+        let files = pki::self_signed(&["n2".to_owned()]).unwrap();
+        std::fs::write(&path, kubeconfig("https://127.0.0.1:1", &files)).unwrap();
+        let mut credentials = Credentials::read(&path).await.unwrap();
+        assert_eq!(credentials.facts.as_ref().unwrap().cluster_domain, "cluster.local");
+        assert!(credentials.serving_tls().unwrap().is_some());
+        let said = async |client: &Client| {
+            let request = Request::get("/livez").body(Vec::new()).unwrap();
+            client.request_text(request).await
+        };
+        let client = credentials.client();
+        assert!(said(&client).await.is_err(), "nobody listens there");
+        assert!(!credentials.refresh().await.unwrap());
+
+        let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", server.local_addr().unwrap());
+        tokio::spawn(async move {
+            use tokio::io::{AsyncReadExt, AsyncWriteExt};
+            let (mut stream, _) = server.accept().await.unwrap();
+            let mut buffer = [0; 4096];
+            let _ = stream.read(&mut buffer).await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+        });
+        let renewed = pki::self_signed(&["n2".to_owned()]).unwrap();
+        std::fs::write(&path, kubeconfig(&url, &renewed)).unwrap();
+        assert!(credentials.refresh().await.unwrap());
+        assert_eq!(said(&client).await.unwrap(), "ok", "the old client follows");
+
+        std::fs::write(&path, "half").unwrap();
+        assert!(credentials.refresh().await.is_err());
+    }
+}
