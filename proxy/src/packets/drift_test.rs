@@ -3,8 +3,7 @@
 use serde_json::json;
 
 use super::{
-    backends::config,
-    cluster::{Api, Running},
+    cluster::Api,
     features::{Own, Part, pod},
     fixture::{Addresses, Net, listed, until},
     load_test::start,
@@ -64,12 +63,15 @@ fn every_kind_of_edit_is_noticed_mended_and_counted(mode: Mode, family: Family) 
     let running = start(&net, &api, mode, family);
     let rules = || sorted(&listed(&net, mode, family));
     let before = rules();
+    // Relays look after their own.
+    let counter = match mode {
+        Mode::Userspace => "keelson_proxy_relay_lost_routes_total",
+        _ => "keelson_proxy_drift_total",
+    };
     for edit in edits(mode, family) {
-        let counted = running.count("keelson_proxy_drift_total");
+        let counted = running.count(counter);
         net.host.sh(&edit);
-        until(&format!("{edit} is counted"), || {
-            running.count("keelson_proxy_drift_total") > counted
-        });
+        until(&format!("{edit} is counted"), || running.count(counter) > counted);
         until(&format!("{edit} is mended"), || rules() == before);
     }
     running.stop();
