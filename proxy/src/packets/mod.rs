@@ -12,6 +12,10 @@
 //! | [`features`] | the table: a Service, who asks, what comes of it, and where a backend differs |
 //! | [`table_test`] | runs the table |
 //! | [`changes_test`] | what needs more than one step: even choice, affinity, flows of UDP |
+//! | [`reference`], [`model_test`] | random changes, and where packets should go, from the documentation |
+//! | [`cluster`] | a stand-in for the API server, and whole proxies |
+//! | [`load_test`] | clients without pause, while endpoints, the proxy and other programs change things |
+//! | [`drift_test`] | each kind of edit by another program |
 
 /// Makes a test of each function for each backend and family.
 macro_rules! everywhere {
@@ -44,4 +48,6 @@ mod drift_test;
 mod features;
 mod fixture;
 mod load_test;
+mod model_test;
+mod reference;
 mod table_test;
