@@ -198,7 +198,7 @@ fn one_ended_attempt_is_kept_before_the_newest() {
     assert_eq!(actions(&pod, &observed, &mounted()), ["remove a-0"]);
     // while it waits to be restarted, too: `lastState` and `logs --previous` show the one before
     let waiting = self::observed(vec![exited("a", 0, 1), exited("a", 1, 1), exited("a", 2, 1)]);
-    let mut back_off = waiting.clone();
+    let mut back_off = waiting;
     back_off.containers[2].annotations.insert(labels::BACK_OFF.to_owned(), "10".to_owned());
     assert_eq!(actions(&pod, &back_off, &mounted()), ["remove a-0"]);
 }
