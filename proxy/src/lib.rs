@@ -28,6 +28,8 @@ mod drift;
 mod explain;
 mod health;
 mod health_check;
+#[cfg(test)]
+mod input_test;
 mod iptables;
 #[cfg(test)]
 mod loop_test;
