@@ -115,10 +115,13 @@ pub(crate) fn recent_mask(family: Family) -> &'static str {
 }
 
 /// The reject that clients understand at once.
-pub(crate) fn reject(family: Family) -> &'static str {
-    match family {
-        Family::V4 => "REJECT --reject-with icmp-port-unreachable",
-        Family::V6 => "REJECT --reject-with icmp6-port-unreachable",
+pub(crate) fn reject(family: Family, protocol: Protocol) -> &'static str {
+    match (family, protocol) {
+        (Family::V4, _) => "REJECT --reject-with icmp-port-unreachable",
+        // A connection of the node itself hears of an ICMPv6 error only when it tries again, which
+        // takes a second and more.
+        (Family::V6, Protocol::Tcp) => "REJECT --reject-with tcp-reset",
+        (Family::V6, _) => "REJECT --reject-with icmp6-port-unreachable",
     }
 }
 

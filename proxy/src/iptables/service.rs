@@ -180,7 +180,7 @@ impl<'a> PortRenderer<'a> {
     fn refusal(&self, action: Option<&Action>, rule: Rule) -> Option<Arc<str>> {
         match action? {
             Action::Drop => Some(rule.jump("DROP")),
-            Action::Reject => Some(rule.jump(reject(self.plan.family))),
+            Action::Reject => Some(rule.jump(reject(self.plan.family, self.plan.port.protocol))),
             Action::Forward { .. } | Action::Nothing => None,
         }
     }
