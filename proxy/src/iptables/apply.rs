@@ -118,9 +118,11 @@ impl Rules {
             }
         }
         let base = (whole != Whole::No).then(|| self.settings.base(&self.node, self.random_fully));
-        let next = Next { base, services, sweep: whole == Whole::Swept };
+        let sweep = matches!(whole, Whole::Swept | Whole::Emptied);
+        let next = Next { base, services, sweep };
         let mut held = self.held();
-        let delta = held.plan(&next);
+        let mut delta = held.plan(&next);
+        delta.emptied = whole == Whole::Emptied;
         let script = Script::of(&delta);
         let input = script.text();
         if !input.is_empty() {
@@ -195,7 +197,10 @@ impl Rules {
                 }
             }
             self.observe()?;
-            self.commit(&keys, Whole::Base, goal, &mut applied)?;
+            // Old chains of what was refused stay, and nobody knows which these are. If nothing was,
+            // then a chain could not be removed, as a foreign rule leads to it.
+            let rest = if applied.refused.is_empty() { Whole::Emptied } else { Whole::Base };
+            self.commit(&keys, rest, goal, &mut applied)?;
         }
         self.route_localnet();
         Ok(applied)
@@ -224,6 +229,8 @@ enum Whole {
     Base,
     /// Everything, and what else is there goes.
     Swept,
+    /// Everything; chains that nobody needs stay, but empty.
+    Emptied,
 }
 
 impl Backend for Rules {

@@ -116,6 +116,8 @@ pub(crate) struct Delta {
     pub(crate) own: Vec<(OwnChain, Vec<Arc<str>>)>,
     pub(crate) gone: Vec<OwnChain>,
     pub(crate) outdated: Vec<String>,
+    /// The chains in these two are only emptied, as somebody else's rules lead to them.
+    pub(crate) emptied: bool,
 }
 
 #[derive(Debug, Default)]
@@ -384,9 +386,13 @@ impl Present {
             self.own.insert(*chain, Content::of(rules.iter().map(|rule| &**rule)));
         }
         for chain in &delta.gone {
-            self.own.remove(chain);
+            if delta.emptied {
+                self.own.insert(*chain, Content::of([]));
+            } else {
+                self.own.remove(chain);
+            }
         }
-        if !delta.outdated.is_empty() {
+        if !delta.outdated.is_empty() && !delta.emptied {
             self.outdated.clear();
         }
     }

@@ -336,3 +336,108 @@ fn a_clean_up_leaves_others_alone() {
     assert!(listed(Family::V4, Variant::Legacy).contains("CNI-HOSTPORT-DNAT"));
     assert!(listed(Family::V4, Variant::Legacy).contains("KUBE-KUBELET-CANARY"));
 }
+
+#[test]
+fn a_foreign_rule_that_leads_to_a_service_doesnt_keep_it_in_force() {
+    for (family, variant) in ALL {
+        let host = Namespace::new();
+        let mut proxy = Proxy::start(&host, Settings { variant, ..settings(family) });
+        proxy.synchronize();
+        proxy.apply(service(family, 1, json!({}), Value::Null));
+        proxy.apply(slice(family, 1, &[(1, true, true)]));
+        let rules = saved(&host, family, variant);
+        let chain = rules.lines().find_map(|line| line.strip_prefix(":KUBE-SVC-")).unwrap();
+        let chain = format!("KUBE-SVC-{}", chain.split(' ').next().unwrap());
+        let ipt = program(family, variant);
+        host.sh(&format!("{ipt} -t nat -A PREROUTING -p udp -j {chain}"));
+        proxy.apply(slice(family, 1, &[]));
+        let rules = saved(&host, family, variant);
+        let leading: Vec<&str> = rules.lines().filter(|line| line.contains(&chain)).collect();
+        assert_eq!(leading, [format!(":{chain} -"), format!("-A PREROUTING -p udp -j {chain}")]);
+        assert!(rules.contains("has no endpoints"), "{rules}");
+        // It goes once it can.
+        host.sh(&format!("{ipt} -t nat -D PREROUTING -p udp -j {chain}"));
+        proxy.synchronize();
+        assert!(!saved(&host, family, variant).contains(&chain));
+    }
+}
+
+#[test]
+fn loopback_is_guarded_before_node_ports_answer_there() {
+    let route_localnet = "cat /proc/sys/net/ipv4/conf/all/route_localnet";
+    for (localhost_node_ports, family, routed) in
+        [(true, Family::V4, "1"), (false, Family::V4, "0"), (true, Family::V6, "0")]
+    {
+        let host = Namespace::new();
+        // As a kubelet has it.
+        host.sh("iptables -N KUBE-FIREWALL; iptables -A KUBE-FIREWALL -s 203.0.113.9 -j DROP");
+        let with = Settings { localhost_node_ports, ..settings(family) };
+        let mut proxy = Proxy::start(&host, with);
+        proxy.synchronize();
+        assert_eq!(host.sh(route_localnet).trim(), routed);
+        let rules = saved(&host, Family::V4, Variant::Host);
+        assert_eq!(rules.contains("block incoming localnet connections"), routed == "1");
+        assert!(rules.contains("-A KUBE-FIREWALL -s 203.0.113.9/32 -j DROP"), "{rules}");
+    }
+}
+
+#[test]
+fn many_endpoints_go_without_comments() {
+    let host = Namespace::new();
+    let mut proxy = Proxy::start(&host, settings(Family::V4));
+    proxy.synchronize();
+    let many = |count: u32| {
+        let endpoints: Vec<Value> = (0..count)
+            .map(|n| json!({"addresses": [format!("10.{}.{}.{}", 1 + n / 62_500, n / 250 % 250, 1 + n % 250)]}))
+            .collect();
+        let mut object = slice(Family::V4, 1, &[]);
+        object["endpoints"] = endpoints.into();
+        object
+    };
+    proxy.apply(service(Family::V4, 1, json!({}), Value::Null));
+    proxy.apply(service(Family::V4, 2, json!({}), Value::Null));
+    proxy.apply(slice(Family::V4, 2, &[(1, true, true)]));
+    for (endpoints, commented) in [(999, true), (1_000, false), (999, true)] {
+        proxy.apply(many(endpoints));
+        let rules = saved(&host, Family::V4, Variant::Host);
+        assert_eq!(rules.contains("ns/svc1:p80 -> 10.1.0.1:8080"), commented, "{endpoints}");
+        // Of another Service, which has not changed.
+        assert_eq!(rules.contains("ns/svc2:p80 -> 10.244.1.2:8080"), commented, "{endpoints}");
+        assert_eq!(proxy.synchronize().elements, 0, "{endpoints}");
+    }
+}
+
+#[test]
+fn node_ports_follow_the_nodes_addresses() {
+    let host = Namespace::new();
+    let with = Settings {
+        node_port_addresses: crate::config::NodePortAddresses::Primary,
+        ..settings(Family::V4)
+    };
+    let mut proxy = Proxy::start(&host, with);
+    proxy.synchronize();
+    let object = |n| service(Family::V4, n, json!({"type": "NodePort"}), Value::Null);
+    proxy.apply(object(1));
+    let tail = |host: &Namespace| {
+        let rules = host.sh("iptables -t nat -S KUBE-SERVICES");
+        let last: Vec<&str> = rules.lines().filter(|l| l.contains("KUBE-NODEPORTS")).collect();
+        last.iter().map(|l| l.split(' ').nth(3).unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(tail(&host), ["192.0.2.1/32"]);
+    let addresses = [[192, 0, 2, 7].into(), [192, 0, 2, 8].into()];
+    let node = ServiceRules {
+        created: 0,
+        frontends: vec![],
+        addresses: addresses.map(|a: IpAddr| (AddressSet::NodeAddresses, a)).into(),
+    };
+    let units = proxy.desired.replace(&ObjectKey::new("", "node"), Some(node)).dirty;
+    let goal = Goal { desired: &proxy.desired, objects: &proxy.objects };
+    proxy.rules.apply(&units, goal).unwrap();
+    assert_eq!(tail(&host), ["192.0.2.7/32", "192.0.2.8/32"]);
+    // They stay the last ones.
+    proxy.apply(object(2));
+    proxy.apply(slice(Family::V4, 2, &[(1, true, true)]));
+    let rules = host.sh("iptables -t nat -S KUBE-SERVICES");
+    assert!(rules.trim_end().ends_with("-j KUBE-NODEPORTS"), "{rules}");
+    assert_eq!(proxy.synchronize().elements, 0);
+}

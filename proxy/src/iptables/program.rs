@@ -20,6 +20,8 @@ use crate::{backend::BackendError, model::Family};
 const VERSION_MIN: (u32, u32, u32) = (1, 6, 2);
 /// For how many seconds others who write are waited for.
 const WAIT: &str = "5";
+/// The status with which iptables ends where a chain isn't there.
+const NO_SUCH_CHAIN: i32 = 1;
 /// Where programs are that a service's search path may lack.
 const SYSTEM_PATH: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
@@ -107,7 +109,16 @@ impl Programs {
         let main = find(&self.name)?;
         let arguments = ["-w", WAIT, "-t", table.as_str(), "-S", chain, "1"];
         let arguments: Vec<String> = arguments.iter().map(|a| (*a).to_owned()).collect();
-        Ok(self.output(&main, arguments, None)?.status.success())
+        let output = self.output(&main, arguments, None)?;
+        match output.status.code() {
+            Some(0) => Ok(true),
+            Some(NO_SUCH_CHAIN) => Ok(false),
+            // Somebody else writes for too long, or there is no memory.
+            _ => {
+                let message = String::from_utf8_lossy(&output.stderr);
+                Err(self.error(explain(&message, None, &output.status.to_string())))
+            }
+        }
     }
 
     /// Writes one of the kernel's settings, in the namespace of the rules.

@@ -113,8 +113,11 @@ impl Script {
             script.nat.declare(chain);
             rules.iter().for_each(|rule| script.nat.append(chain, rule));
         }
-        delta.gone.iter().for_each(|chain| script.nat.remove(chain));
-        delta.outdated.iter().for_each(|chain| script.nat.remove(chain));
+        let clear = |part: &mut Part, chain: &dyn Display| {
+            if delta.emptied { part.declare(chain) } else { part.remove(chain) }
+        };
+        delta.gone.iter().for_each(|chain| clear(&mut script.nat, chain));
+        delta.outdated.iter().for_each(|chain| clear(&mut script.nat, chain));
         for guest in &delta.guests {
             let part = script.part(guest.table);
             if guest.chain.starts_with("KUBE-") {
