@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// With more endpoints than this, rules that there are many of carry no comments.
-const COMMENTED_MAX: usize = 1_000;
+pub(super) const COMMENTED_MAX: usize = 1_000;
 /// Lets node ports answer on loopback addresses.
 const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
 /// A chain for trying what the kernel takes; nothing ever goes through it.
@@ -340,28 +340,6 @@ fn remove(programs: &Programs) -> Result<(), BackendError> {
     }
     let input = Script::of(&delta).text();
     if input.is_empty() { Ok(()) } else { programs.restore(input) }
-}
-
-/// The input of `iptables-restore` that makes all rules from nothing.
-pub(crate) fn text(settings: &Settings, goal: Goal<'_>) -> String {
-    let node = node_addresses(goal.desired, settings.family);
-    let render = |commented| -> Vec<(Arc<ObjectKey>, Option<Rendered>)> {
-        let look = Look { settings, node: &node, commented };
-        let keys: BTreeSet<&ObjectKey> = goal.objects.keys().collect();
-        keys.into_iter()
-            .map(|key| {
-                let rendered = Rendered::of(key, goal.objects, goal.desired, look);
-                (Arc::new(key.clone()), Some(rendered))
-            })
-            .collect()
-    };
-    let held = Held::default();
-    let mut services = render(true);
-    if held.endpoints_after(&services) > COMMENTED_MAX {
-        services = render(false);
-    }
-    let base = Some(settings.base(&node, true));
-    Script::of(&held.plan(&Next { base, services, sweep: true })).text()
 }
 
 /// Everything that the kernel holds.

@@ -10,7 +10,8 @@
 //! [`chain`] derives the names, which are kube-proxy's, since other tools look for them; [`rule`]
 //! writes a rule just as `iptables-save` prints it, so that what is there can be compared with what
 //! should be; [`service`] and [`base`] are pure; [`held`] plans the difference; [`observe`] reads
-//! what is there; [`apply`] writes, with [`program`]; [`canary`] notices when others write.
+//! what is there; [`apply`] writes, with [`program`]; [`canary`] notices when others write;
+//! [`text`] shows all rules without a kernel.
 //!
 //! ```text
 //!  nat     PREROUTING, OUTPUT ─► KUBE-SERVICES ─┬─► KUBE-SVC-… ─► KUBE-SEP-…: DNAT
@@ -37,13 +38,17 @@ pub(crate) mod program;
 pub(crate) mod restore;
 pub(crate) mod rule;
 pub(crate) mod service;
+pub(crate) mod text;
 
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod kernel_test;
 
-pub(crate) use apply::{Rules, cleanup, text};
+pub(crate) use self::{
+    apply::{Rules, cleanup},
+    text::text,
+};
 pub(crate) use compare::missing;
 
 use crate::{
