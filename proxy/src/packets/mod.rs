@@ -9,7 +9,7 @@
 //! |---|---|
 //! | [`fixture`] | the network, and one connection as it looks from both ends |
 //! | [`backends`] | from objects to each backend, without the loop |
-//! | [`features`] | the table: a Service, who asks, what comes of it, and where a backend differs |
+//! | [`features`], [`rows`] | the table: a Service, who asks, what comes of it, and where a backend differs |
 //! | [`table_test`] | runs the table |
 //! | [`changes_test`] | what needs more than one step: even choice, affinity, flows of UDP |
 //! | [`reference`], [`model_test`] | random changes, and where packets should go, from the documentation |
@@ -50,4 +50,5 @@ mod fixture;
 mod load_test;
 mod model_test;
 mod reference;
+mod rows;
 mod table_test;

@@ -8,8 +8,9 @@ use std::{
 
 use super::{
     backends::{Proxy, config},
-    features::{Expect, Feature, Own, Question, Seen, table},
+    features::{Expect, Feature, Own, Question, Seen},
     fixture::{Addresses, Answer, From, Net, PODS},
+    rows::table,
 };
 use crate::{
     Mode,
