@@ -91,7 +91,6 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 fn packets_go_where_the_reference_says(mode: Mode, family: Family) {
-    let net = Net::new();
     let cases =
         Config { cases: 4, max_shrink_iters: 40, failure_persistence: None, ..Config::default() };
     let result = TestRunner::new(cases).run(&steps(), |steps| {
