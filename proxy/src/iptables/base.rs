@@ -74,7 +74,7 @@ pub(crate) enum FromPods {
 
 impl Settings {
     /// Each way in which pods are known in this family.
-    pub(crate) fn from_pods(&self) -> Vec<FromPods> {
+    pub(crate) fn pods_are_from(&self) -> Vec<FromPods> {
         match &self.detect_local {
             DetectLocal::Nothing | DetectLocal::NodeCidr => Vec::new(),
             DetectLocal::Ranges(ranges) => ranges
@@ -163,7 +163,7 @@ impl Settings {
                 ],
             ),
         ];
-        let pods = self.from_pods();
+        let pods = self.pods_are_from();
         if pods.len() > 1 {
             let mut rules: Vec<Arc<str>> = pods
                 .iter()

@@ -101,6 +101,9 @@ pub(crate) struct PlaceDelta {
     pub(crate) anew: Option<Vec<Arc<str>>>,
 }
 
+/// Rules as text.
+type Texts = Vec<Arc<str>>;
+
 /// The difference between what is there and what should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Delta {
@@ -112,7 +115,7 @@ pub(crate) struct Delta {
     pub(crate) farewells: Vec<Jump>,
     pub(crate) places: BTreeMap<Place, PlaceDelta>,
     /// The last rules of `KUBE-SERVICES`: those that go, those that come.
-    pub(crate) tail: Option<(Vec<Arc<str>>, Vec<Arc<str>>)>,
+    pub(crate) tail: Option<(Texts, Texts)>,
     pub(crate) own: Vec<(OwnChain, Vec<Arc<str>>)>,
     pub(crate) gone: Vec<OwnChain>,
     pub(crate) outdated: Vec<String>,

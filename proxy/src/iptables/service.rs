@@ -188,7 +188,7 @@ impl<'a> PortRenderer<'a> {
     /// Marks clients of the cluster address that aren't pods.
     fn mark_outside(&self) -> Option<Arc<str>> {
         let settings = self.look.settings;
-        let pods = settings.from_pods();
+        let pods = settings.pods_are_from();
         let everybody = |pods: &FromPods| match pods {
             FromPods::Source(range) => range.prefix_len() == 0,
             FromPods::Interface(_) => false,
@@ -301,7 +301,7 @@ impl<'a> PortRenderer<'a> {
         } else {
             if inside {
                 let cluster = self.picking(TrafficPolicy::Cluster);
-                for pods in self.look.settings.from_pods() {
+                for pods in self.look.settings.pods_are_from() {
                     let rule = match pods {
                         FromPods::Source(range) => Rule::new().source(range),
                         FromPods::Interface(name) => Rule::new().words(format_args!("-i {name}")),
