@@ -237,6 +237,8 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
             return Ok(());
         }
         let name = node::name(settings.hostname_override.as_deref())?;
+        // What is wrong in the settings is told before anything else is looked at.
+        config(&settings, &name, Vec::new(), None)?;
         let path = args
             .kubeconfig
             .as_ref()
