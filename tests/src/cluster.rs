@@ -132,7 +132,7 @@ impl Cluster {
     /// # Panics
     /// When that takes too long.
     pub fn wait_begun(&self) {
-        let path = self.machine.data_dir().join("run/instance.json");
+        let path = self.machine.data_dir().join("run/agent.json");
         wait_for("the process to begin", DEADLINE, || {
             let record = fs::read(&path).map_err(|error| error.to_string())?;
             let record: Value = serde_json::from_slice(&record).map_err(|e| e.to_string())?;
