@@ -103,8 +103,8 @@ pub(crate) struct Applied {
     pub(crate) elements: usize,
     /// Whether everything was made anew, and why.
     pub(crate) rebuilt: Option<String>,
-    /// What connections and clients still think of endpoints that are gone.
-    pub(crate) aftermath: Aftermath,
+    /// Choices that sticky clients were remembered for and that don't count any more.
+    pub(crate) forget: Vec<Forget>,
     /// What was refused; the old state of these stays, all others are written.
     pub(crate) refused: Vec<(Unit, BackendError)>,
 }
@@ -135,13 +135,4 @@ impl Forget {
             && self.frontend.address.is_none_or(|address| Some(address) == frontend.address)
             && self.endpoint.is_none_or(|e| e == endpoint)
     }
-}
-
-/// What is to be done about connections once a change is in force.
-#[derive(Debug, Default)]
-pub(crate) struct Aftermath {
-    /// Connections that go on where they shouldn't.
-    pub(crate) stale: Vec<Stale>,
-    /// Remembered choices to forget.
-    pub(crate) forget: Vec<Forget>,
 }

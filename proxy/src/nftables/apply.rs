@@ -19,7 +19,7 @@ use super::{
     },
 };
 use crate::{
-    backend::{Aftermath, Applied, Backend, BackendError, Forget, Goal},
+    backend::{Applied, Backend, BackendError, Forget, Goal},
     memory,
     model::Family,
     ruleset::{Action, Unit, desired::Desired},
@@ -161,7 +161,7 @@ impl Table {
         self.held = needed.held();
         applied.elements += elements;
         for next in plan.early_next.into_iter().chain(plan.next) {
-            self.held.enter(next, &mut applied.aftermath);
+            self.held.enter(next, &mut applied.forget);
         }
         Ok(true)
     }
@@ -204,7 +204,7 @@ impl Table {
         self.socket.commit(&mut batch)?;
         applied.elements += elements;
         for next in plan.next {
-            self.held.enter(next, &mut applied.aftermath);
+            self.held.enter(next, &mut applied.forget);
         }
         Ok(())
     }
@@ -241,9 +241,9 @@ impl Table {
             self.held.enter_list(id);
         }
         // These are about who may come, which leaves nothing stale.
-        let mut aftermath = Aftermath::default();
+        let mut forget = Vec::new();
         for next in early_next {
-            self.held.enter(next, &mut aftermath);
+            self.held.enter(next, &mut forget);
         }
         Ok(())
     }

@@ -15,8 +15,8 @@ use super::{
     sources::{Sources, SourcesId},
 };
 use crate::{
-    backend::{Aftermath, Forget, Stale},
-    model::{Endpoint, Protocol},
+    backend::Forget,
+    model::Endpoint,
     ruleset::{Action, AddressSet, Frontend, Lane, Unit, desired::Desired, slots},
 };
 
@@ -181,7 +181,7 @@ impl Held {
     }
 
     /// Enters what the kernel has taken, and notes what old connections and clients still think.
-    pub(crate) fn enter(&mut self, next: Next, aftermath: &mut Aftermath) {
+    pub(crate) fn enter(&mut self, next: Next, forget: &mut Vec<Forget>) {
         match next {
             Next::Address(set, address, true) => {
                 self.addresses.insert((set, address));
@@ -197,21 +197,14 @@ impl Held {
                 self.sticky.remove(&frontend);
             }
             Next::Frontend(frontend, next) => {
-                let before = match next.clone() {
+                let before = self.frontends.get(&frontend);
+                if before.is_some_and(HeldFrontend::is_sticky) {
+                    stale_choices(&frontend, before, next.as_ref(), forget);
+                }
+                match next {
                     Some(next) => self.frontends.insert(frontend, next),
                     None => self.frontends.remove(&frontend),
                 };
-                if frontend.protocol == Protocol::Udp {
-                    stale_connections(
-                        &frontend,
-                        before.as_ref(),
-                        next.as_ref(),
-                        &mut aftermath.stale,
-                    );
-                }
-                if before.as_ref().is_some_and(HeldFrontend::is_sticky) {
-                    stale_choices(&frontend, before.as_ref(), next.as_ref(), &mut aftermath.forget);
-                }
             }
         }
     }
@@ -362,24 +355,5 @@ fn stale_choices(
             .flat_map(|before| before.slots.iter())
             .filter(|endpoint| !after.slots.contains(endpoint))
             .map(|endpoint| Forget { frontend: *frontend, endpoint: Some(*endpoint) }),
-    );
-}
-
-fn stale_connections(
-    frontend: &Frontend,
-    before: Option<&HeldFrontend>,
-    after: Option<&HeldFrontend>,
-    stale: &mut Vec<Stale>,
-) {
-    let (before, after) =
-        (before.map_or(&[][..], |f| &f.slots), after.map_or(&[][..], |f| &f.slots));
-    if before.is_empty() && !after.is_empty() {
-        stale.push(Stale { frontend: *frontend, endpoint: None });
-    }
-    stale.extend(
-        before
-            .iter()
-            .filter(|e| !after.contains(e))
-            .map(|e| Stale { frontend: *frontend, endpoint: Some(*e) }),
     );
 }

@@ -77,7 +77,7 @@ impl Proxy {
         }
         let applied = self.table.apply(&dirty, &self.desired).unwrap();
         assert!(applied.refused.is_empty(), "{:?}", applied.refused);
-        self.table.forget(&applied.aftermath.forget).unwrap();
+        self.table.forget(&applied.forget).unwrap();
         applied
     }
 

@@ -169,7 +169,7 @@ impl State {
             let stale = self.stale.settle(&self.desired, &self.objects);
             ConntrackTable::open().unwrap().forget(&stale).unwrap();
         }
-        self.backend.forget(&applied.aftermath.forget).unwrap();
+        self.backend.forget(&applied.forget).unwrap();
         applied
     }
 }

@@ -101,6 +101,7 @@ impl Load {
     /// What failed of all that began since the last time; those under way are waited for.
     fn failures(&self) -> Vec<Failure> {
         let now = Instant::now();
+        // A client gives up after that at the latest.
         std::thread::sleep(ANSWER + Duration::from_millis(100));
         let mut all = self.failures.lock().unwrap();
         let (before, later) = all.drain(..).partition(|failure| failure.began <= now);
@@ -202,12 +203,14 @@ fn connections_succeed_whatever_changes(mode: Mode, family: Family) {
         let (begin, seen) = (Instant::now(), running.count("keelson_proxy_drift_total"));
         net.host.sh(&edit);
         until(&edit, || running.count("keelson_proxy_drift_total") > seen);
+        // Connections go on for so long, for it to be seen when the last of them fails.
         std::thread::sleep(Duration::from_millis(300));
         let failures = load.failures();
         let last = failures.iter().map(|f| f.began - begin).max().unwrap_or_default();
         assert!(last < MENDED, "{edit}: connections fail {last:?} later");
     }
     let begin = Instant::now();
+    // Nothing to wait for: so long connections are made, and none may fail.
     std::thread::sleep(Duration::from_millis(300));
     no_failures("all is mended", begin, &load.failures());
 

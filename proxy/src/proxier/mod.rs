@@ -337,11 +337,11 @@ impl Proxier {
                     written(&self.reports, family, full, begin, &applied);
                     self.reports.metrics.holds(family, backend.units());
                     refused(&self.reports, &self.objects, &self.desired, &applied);
-                    forget(&mut **backend, &applied.aftermath.forget);
-                    if !applied.aftermath.forget.is_empty() {
+                    forget(&mut **backend, &applied.forget);
+                    if !applied.forget.is_empty() {
                         // A packet that was under way may have been remembered after this look.
                         self.look_again_at.get_or_insert_with(|| Instant::now() + SECOND_LOOK);
-                        self.look_again.extend(applied.aftermath.forget);
+                        self.look_again.extend(applied.forget);
                     }
                 }
                 Err(error) => {

@@ -25,6 +25,17 @@ struct Port {
     number: u16,
 }
 
+impl Port {
+    /// A port of a Service or of a slice; `None` if its number is none.
+    fn read(name: Option<&String>, protocol: Option<&String>, number: i32) -> Option<Self> {
+        Some(Self {
+            name: name.cloned().unwrap_or_default(),
+            protocol: protocol.map_or("TCP", String::as_str).to_owned(),
+            number: u16::try_from(number).ok()?,
+        })
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
     /// Has addresses of its own.
@@ -411,13 +422,7 @@ fn service_entry(service: &Service) -> Option<ServiceEntry> {
         .ports
         .iter()
         .flatten()
-        .filter_map(|port| {
-            Some(Port {
-                name: port.name.clone().unwrap_or_default(),
-                protocol: port.protocol.clone().unwrap_or_else(|| "TCP".to_owned()),
-                number: u16::try_from(port.port).ok()?,
-            })
-        })
+        .filter_map(|port| Port::read(port.name.as_ref(), port.protocol.as_ref(), port.port))
         .collect();
     Some(ServiceEntry { kind, ports })
 }
@@ -427,13 +432,7 @@ fn endpoint_entries(slice: &EndpointSlice) -> Vec<EndpointEntry> {
         .ports
         .iter()
         .flatten()
-        .filter_map(|port| {
-            Some(Port {
-                name: port.name.clone().unwrap_or_default(),
-                protocol: port.protocol.clone().unwrap_or_else(|| "TCP".to_owned()),
-                number: u16::try_from(port.port?).ok()?,
-            })
-        })
+        .filter_map(|port| Port::read(port.name.as_ref(), port.protocol.as_ref(), port.port?))
         .collect();
     slice
         .endpoints

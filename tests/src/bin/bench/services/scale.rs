@@ -217,6 +217,7 @@ fn one(
     })?;
     change(running, made, size, &mut measured.changed)?;
     let ticks = memory::ticks(proxy.pid())?;
+    // The time over which it is measured.
     std::thread::sleep(Duration::from_secs(5));
     measured.processor.add((memory::ticks(proxy.pid())? - ticks) / 5.0);
     measured.resident.add(memory::resident(proxy.pid())?);
