@@ -72,7 +72,7 @@ impl HealthChecks {
     /// Looks at a Service again.
     pub(crate) fn note(&mut self, key: &ObjectKey, objects: &ServiceTable) {
         let wanted = objects.health_check_port(key).map(|port| {
-            let uid = objects.uid(key).map(str::to_owned);
+            let uid = objects.uid(key);
             (port, Check { service: key.clone(), uid, local: objects.local_ready(key) })
         });
         let before = match wanted.clone() {

@@ -184,7 +184,7 @@ impl Expected {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use serde_json::json;
 
     use super::*;
     use crate::{
@@ -236,7 +236,7 @@ mod tests {
         Slice {
             service: key().into(),
             family: Family::V4,
-            ports: Vec::new(),
+            ports: Box::default(),
             endpoints: endpoints.collect::<Vec<_>>().into(),
             triggered: None,
         }
@@ -318,18 +318,11 @@ mod tests {
         desired.replace(&key(), Some(rules));
         let mut objects = ServiceTable::default();
         objects.set_slice(&ObjectKey::new("d", "s-1"), Some(slice_of(&[1])));
-        let service = |port| crate::model::objects::Service {
-            uid: String::new().into(),
-            created: 1,
-            addresses: vec![address],
-            external_ips: Vec::new(),
-            load_balancer_ips: Vec::new(),
-            source_ranges: None::<Arc<[_]>>,
-            health_check_node_port: port,
-            ports: Vec::new(),
-            internal_policy: crate::model::objects::TrafficPolicy::Cluster,
-            external_policy: crate::model::objects::TrafficPolicy::Cluster,
-            affinity: None,
+        let service = |port: Option<u16>| {
+            let balanced = json!({"clusterIP": address, "type": "LoadBalancer",
+                "externalTrafficPolicy": "Local", "healthCheckNodePort": port});
+            let object = serde_json::from_value(json!({"spec": balanced})).unwrap();
+            crate::model::objects::Service::read(&object).0.unwrap()
         };
         objects.set_service(&key(), Some(service(None)));
         let (udp, tcp) = (Protocol::Udp, Protocol::Tcp);

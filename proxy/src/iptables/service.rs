@@ -65,7 +65,8 @@ impl Rendered {
             };
             PortRenderer { key, name, plan, desired, look, out: &mut rendered }.render();
         }
-        let health_check = plans.first().and_then(|plan| plan.service.health_check_node_port);
+        let health_check =
+            plans.first().and_then(|plan| plan.service.outside().health_check_node_port);
         if let Some(port) = health_check {
             let rule = Rule::new()
                 .words("-p tcp")

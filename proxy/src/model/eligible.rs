@@ -127,7 +127,7 @@ fn target_ports<'a>(
     slice
         .ports
         .iter()
-        .filter(move |(n, p, _)| n == name && *p == protocol)
+        .filter(move |(n, p, _)| **n == *name && *p == protocol)
         .map(|(_, _, number)| *number)
 }
 
@@ -226,7 +226,7 @@ mod tests {
         Slice {
             service: ObjectKey::new("d", "s").into(),
             family: Family::V4,
-            ports: vec![("web".into(), Protocol::Tcp, port)],
+            ports: [("web".into(), Protocol::Tcp, port)].into(),
             endpoints: endpoints.into(),
             triggered: None,
         }

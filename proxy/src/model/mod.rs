@@ -10,6 +10,7 @@
 //! [`eligible`] chooses the endpoints of one service port; [`table`] keeps all of it by service and
 //! says which parts of the [ruleset](crate::ruleset) a change touches. Nothing here does I/O.
 
+pub(crate) mod compact;
 pub(crate) mod eligible;
 pub(crate) mod objects;
 pub(crate) mod table;

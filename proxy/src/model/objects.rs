@@ -13,7 +13,10 @@ use k8s_openapi::{
 };
 use keelson_api::object::ObjectKey;
 
-use super::{Family, Problem, Protocol};
+use super::{
+    Family, Problem, Protocol,
+    compact::{ClusterAddresses, Uid},
+};
 
 /// Services with this label belong to another proxy.
 pub(crate) const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
@@ -46,20 +49,32 @@ impl TrafficPolicy {
 /// One port of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ServicePort {
-    pub(crate) name: String,
+    pub(crate) name: Box<str>,
     pub(crate) protocol: Protocol,
     pub(crate) port: u16,
     pub(crate) node_port: Option<u16>,
 }
 
-/// What the proxy needs of a Service.
+/// What the proxy needs of a Service. There may be tens of thousands, most of which are plain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Service {
-    pub(crate) uid: Box<str>,
+    pub(crate) uid: Uid,
     /// Seconds since 1970: of two services that claim one address and port, the older has it.
     pub(crate) created: i64,
-    /// Cluster addresses, one of a family at the most.
-    pub(crate) addresses: Vec<IpAddr>,
+    /// Cluster addresses.
+    pub(crate) addresses: ClusterAddresses,
+    pub(crate) ports: Box<[ServicePort]>,
+    pub(crate) internal_policy: TrafficPolicy,
+    pub(crate) external_policy: TrafficPolicy,
+    /// How long a client stays with its endpoint.
+    pub(crate) affinity: Option<Duration>,
+    /// What only some Services have; `None` if this one has nothing of it.
+    outside: Option<Box<Outside>>,
+}
+
+/// How a Service is reached from outside the cluster, but for node ports.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outside {
     /// `externalIPs`, of the families that it has a cluster address of.
     pub(crate) external_ips: Vec<IpAddr>,
     /// Addresses of load balancers that hand packets on with their own address as the destination
@@ -69,11 +84,16 @@ pub(crate) struct Service {
     pub(crate) source_ranges: Option<Arc<[IpNet]>>,
     /// Where load balancers ask whether this node has endpoints.
     pub(crate) health_check_node_port: Option<u16>,
-    pub(crate) ports: Vec<ServicePort>,
-    pub(crate) internal_policy: TrafficPolicy,
-    pub(crate) external_policy: TrafficPolicy,
-    /// How long a client stays with its endpoint.
-    pub(crate) affinity: Option<Duration>,
+}
+
+impl Outside {
+    /// Nothing.
+    const NONE: &Self = &Self {
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        source_ranges: None,
+        health_check_node_port: None,
+    };
 }
 
 impl Service {
@@ -93,12 +113,11 @@ impl Service {
         if texts.is_empty() || texts.iter().any(|t| t.is_empty() || t == "None") {
             return (None, problems);
         }
-        let mut addresses: Vec<IpAddr> = Vec::new();
+        let mut addresses = ClusterAddresses::default();
+        let mut in_order: Vec<IpAddr> = Vec::new();
         for text in texts {
             match usable_address(text) {
-                Ok(address) if !addresses.iter().any(|a| a.is_ipv4() == address.is_ipv4()) => {
-                    addresses.push(address);
-                }
+                Ok(address) if addresses.add(address) => in_order.push(address),
                 Ok(address) => problems.push(Problem::new(
                     "InvalidClusterIP",
                     format!("cluster address {address} is not served: it is the second one of its family"),
@@ -109,8 +128,8 @@ impl Service {
                 )),
             }
         }
-        for (family, address) in spec.ip_families.iter().flatten().zip(&addresses) {
-            if texts.len() == addresses.len() && family != Family::of(*address).as_str() {
+        for (family, address) in spec.ip_families.iter().flatten().zip(&in_order) {
+            if texts.len() == in_order.len() && family != Family::of(*address).as_str() {
                 problems.push(Problem::new(
                     "KubeProxyIncorrectIPVersion",
                     format!("cluster address {address} is not of the family {family} in ipFamilies; it is served as what it is"),
@@ -129,7 +148,7 @@ impl Service {
         let mut outside = |what: &str, texts: &mut dyn Iterator<Item = &str>| {
             let mut usable: Vec<IpAddr> = Vec::new();
             for text in texts {
-                match external_address(text, &addresses) {
+                match external_address(text, addresses) {
                     Ok(address) if usable.contains(&address) => {}
                     Ok(address) => usable.push(address),
                     Err((reason, why)) => problems.push(Problem::new(
@@ -174,28 +193,32 @@ impl Service {
                 .filter(|seconds| (1..=86_400).contains(seconds))
                 .map_or(AFFINITY_TIMEOUT, Duration::from_secs)
         });
-        // These stay as long as the Service does.
-        addresses.shrink_to_fit();
-        ports.shrink_to_fit();
+        let outside =
+            Outside { external_ips, load_balancer_ips, source_ranges, health_check_node_port };
         let service = Self {
-            uid: object.metadata.uid.clone().unwrap_or_default().into(),
+            uid: Uid::new(object.metadata.uid.as_deref().unwrap_or_default()),
             created: created(&object.metadata),
             addresses,
-            external_ips,
-            load_balancer_ips,
-            source_ranges,
-            health_check_node_port,
-            ports,
+            outside: (outside != *Outside::NONE).then(|| Box::new(outside)),
+            ports: ports.into(),
             internal_policy: TrafficPolicy::parse(spec.internal_traffic_policy.as_deref()),
             external_policy,
             affinity,
         };
         (Some(service), problems)
     }
+
+    /// How it is reached from outside.
+    pub(crate) fn outside(&self) -> &Outside {
+        self.outside.as_deref().unwrap_or(Outside::NONE)
+    }
 }
 
 /// An address for the outside, which must be of a family that the Service has.
-fn external_address(text: &str, own: &[IpAddr]) -> Result<IpAddr, (&'static str, &'static str)> {
+fn external_address(
+    text: &str,
+    own: ClusterAddresses,
+) -> Result<IpAddr, (&'static str, &'static str)> {
     let address = usable_address(text).map_err(|why| ("InvalidExternalIP", why))?;
     if own.iter().any(|a| a.is_ipv4() == address.is_ipv4()) {
         Ok(address)
@@ -226,7 +249,7 @@ fn created(metadata: &ObjectMeta) -> i64 {
 }
 
 fn service_port(port: &core::ServicePort, external: bool) -> Result<ServicePort, Problem> {
-    let name = port.name.clone().unwrap_or_default();
+    let name: Box<str> = port.name.as_deref().unwrap_or_default().into();
     let refused = |why: String| {
         Problem::new("InvalidPort", format!("port {} {name:?} is not served: {why}", port.port))
     };
@@ -335,7 +358,7 @@ pub(crate) struct Place {
 pub(crate) struct Slice {
     pub(crate) service: Arc<ObjectKey>,
     pub(crate) family: Family,
-    pub(crate) ports: Vec<(String, Protocol, u16)>,
+    pub(crate) ports: Box<[(Box<str>, Protocol, u16)]>,
     pub(crate) endpoints: Arc<[SliceEndpoint]>,
     /// When the change that this slice tells of happened.
     pub(crate) triggered: Option<Timestamp>,
@@ -370,7 +393,8 @@ impl Slice {
             let (Some(protocol), Some(number)) = (protocol, port.port) else { continue };
             match port_number(number) {
                 Some(number) => {
-                    ports.push((port.name.clone().unwrap_or_default(), protocol, number));
+                    let name = port.name.as_deref().unwrap_or_default();
+                    ports.push((name.into(), protocol, number));
                 }
                 None => problems.push(Problem::new(
                     "InvalidEndpointSlice",
@@ -415,11 +439,10 @@ impl Slice {
             .as_ref()
             .and_then(|a| a.get(TRIGGER_TIME)?.parse::<Timestamp>().ok());
         let namespace = object.metadata.namespace.clone().unwrap_or_default();
-        ports.shrink_to_fit();
         let slice = Self {
             service: Arc::new(ObjectKey::new(namespace, service)),
             family,
-            ports,
+            ports: ports.into(),
             endpoints: endpoints.into(),
             triggered,
         };
@@ -483,7 +506,7 @@ mod tests {
                       {"port": 53, "protocol": "UDP", "name": "dns"}],
         }));
         let read = read.unwrap();
-        assert_eq!(read.addresses, ["10.96.0.5".parse::<IpAddr>().unwrap()]);
+        assert!(read.addresses.iter().eq(["10.96.0.5".parse::<IpAddr>().unwrap()]));
         assert_eq!(read.ports.iter().map(|p| p.port).collect::<Vec<_>>(), [80, 53]);
         assert_eq!(read.ports[0].node_port, Some(30080));
         assert_eq!(problems.len(), 3, "{problems:?}");
@@ -507,10 +530,13 @@ mod tests {
         let (read, problems) = Service::read(&serde_json::from_value(object).unwrap());
         let read = read.unwrap();
         let texts = |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>();
-        assert_eq!(texts(&read.external_ips), ["192.0.2.1"]);
-        assert_eq!(texts(&read.load_balancer_ips), ["192.0.2.7", "192.0.2.9"]);
-        assert_eq!(read.source_ranges.as_deref(), Some(&["198.51.100.0/24".parse().unwrap()][..]));
-        assert_eq!(read.health_check_node_port, Some(30_100));
+        assert_eq!(texts(&read.outside().external_ips), ["192.0.2.1"]);
+        assert_eq!(texts(&read.outside().load_balancer_ips), ["192.0.2.7", "192.0.2.9"]);
+        assert_eq!(
+            read.outside().source_ranges.as_deref(),
+            Some(&["198.51.100.0/24".parse().unwrap()][..])
+        );
+        assert_eq!(read.outside().health_check_node_port, Some(30_100));
         assert_eq!(read.ports[0].node_port, None);
         let reasons: Vec<_> = problems.iter().map(|p| p.reason).collect();
         let expected = ["KubeProxyIncorrectIPVersion", "InvalidExternalIP", "InvalidSourceRange"];
@@ -551,7 +577,7 @@ mod tests {
             ],
         }));
         let read = read.unwrap();
-        assert_eq!(read.ports, [(String::new(), Protocol::Tcp, 80)]);
+        assert_eq!(read.ports, [(Box::from(""), Protocol::Tcp, 80)].into());
         assert_eq!(problems.len(), 3, "{problems:?}");
         let [first, second] = &read.endpoints[..] else { panic!("{:?}", read.endpoints) };
         assert!(first.ready && first.serving && !first.terminating && first.local);

@@ -116,8 +116,8 @@ impl ServiceTable {
     }
 
     /// The UID of a Service, for events on it.
-    pub(crate) fn uid(&self, key: &ObjectKey) -> Option<&str> {
-        self.service(key).map(|service| &*service.uid)
+    pub(crate) fn uid(&self, key: &ObjectKey) -> Option<String> {
+        self.service(key).map(|service| service.uid.to_string())
     }
 
     /// Every Service's key.
@@ -153,12 +153,12 @@ impl ServiceTable {
         let service = entry.service.as_ref()?;
         let mut plans = Vec::new();
         let mut problems = Vec::new();
-        for address in &service.addresses {
-            let family = Family::of(*address);
+        for address in service.addresses.iter() {
+            let family = Family::of(address);
             if !families.contains(&family) {
                 continue;
             }
-            for port in &service.ports {
+            for port in &*service.ports {
                 let mut eligible =
                     Eligible::of(entry.slices.iter().map(|(_, slice)| slice), port, family);
                 for endpoints in [&mut eligible.cluster, &mut eligible.local] {
@@ -174,7 +174,7 @@ impl ServiceTable {
                         endpoints.truncate(ENDPOINTS_MAX);
                     }
                 }
-                plans.push(PortPlan { service, port, family, cluster_ip: *address, eligible });
+                plans.push(PortPlan { service, port, family, cluster_ip: address, eligible });
             }
         }
         Some((plans, problems))
@@ -189,8 +189,8 @@ impl ServiceTable {
         let service = self.service(key)?;
         let (plans, problems) = self.ports(key, families)?;
         let mut rules = ServiceRules { created: service.created, ..ServiceRules::default() };
-        let addresses = service.addresses.iter().filter(|a| families.contains(&Family::of(**a)));
-        rules.addresses.extend(addresses.map(|a| (AddressSet::ClusterAddresses, *a)));
+        let addresses = service.addresses.iter().filter(|a| families.contains(&Family::of(*a)));
+        rules.addresses.extend(addresses.map(|a| (AddressSet::ClusterAddresses, a)));
         for plan in plans {
             let hairpin = plan.eligible.hairpin.iter().map(|e| (AddressSet::Hairpin, e.address));
             rules.addresses.extend(hairpin);
@@ -214,7 +214,7 @@ impl ServiceTable {
 
     /// A Service's health-check node port.
     pub(crate) fn health_check_port(&self, key: &ObjectKey) -> Option<u16> {
-        self.service(key)?.health_check_node_port
+        self.service(key)?.outside().health_check_node_port
     }
 
     /// Ports of a Service whose traffic policy is Local and that have endpoints, but none of them
@@ -262,18 +262,28 @@ pub(crate) struct PortPlan<'a> {
 impl PortPlan<'_> {
     /// External addresses, which don't know source ranges.
     pub(crate) fn external_ips(&self) -> impl Iterator<Item = IpAddr> {
-        self.service.external_ips.iter().copied().filter(|a| Family::of(*a) == self.family)
+        self.service
+            .outside()
+            .external_ips
+            .iter()
+            .copied()
+            .filter(|a| Family::of(*a) == self.family)
     }
 
     /// Load balancers' addresses.
     pub(crate) fn load_balancer_ips(&self) -> impl Iterator<Item = IpAddr> {
-        self.service.load_balancer_ips.iter().copied().filter(|a| Family::of(*a) == self.family)
+        self.service
+            .outside()
+            .load_balancer_ips
+            .iter()
+            .copied()
+            .filter(|a| Family::of(*a) == self.family)
     }
 
     /// From where clients may use load balancers' addresses; `None` for anywhere. If the Service
     /// names ranges, but none of this family, nobody may.
     pub(crate) fn source_ranges(&self) -> Option<Arc<[IpNet]>> {
-        let ranges = self.service.source_ranges.as_ref()?;
+        let ranges = self.service.outside().source_ranges.as_ref()?;
         let of_family = |range: &&IpNet| Family::of(range.addr()) == self.family;
         if ranges.iter().filter(of_family).any(|range| range.prefix_len() == 0) {
             return None;

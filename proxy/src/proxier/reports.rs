@@ -71,7 +71,7 @@ pub(super) fn report(
         kind: Some("Service".into()),
         namespace: Some(key.namespace.clone()),
         name: Some(key.name.clone()),
-        uid: objects.uid(key).map(str::to_owned),
+        uid: objects.uid(key),
         ..ObjectReference::default()
     };
     for problem in problems {

@@ -53,11 +53,12 @@ pub(crate) struct Outcome {
 /// Everything that the kernel should hold.
 #[derive(Debug, Default)]
 pub(crate) struct Desired {
-    frontends: HashMap<Frontend, Claim>,
+    /// Boxed, as a table that grew last is up to half empty.
+    frontends: HashMap<Frontend, Box<Claim>>,
     /// Who else wants a frontend.
     waiting: HashMap<Frontend, BTreeMap<Claimant, Action>>,
     addresses: HashMap<(AddressSet, IpAddr), u32>,
-    services: HashMap<Arc<ObjectKey>, Entry>,
+    services: HashMap<Arc<ObjectKey>, Box<Entry>>,
 }
 
 #[derive(Debug)]
@@ -160,7 +161,7 @@ impl Desired {
                 frontends: wanted.keys().copied().collect(),
                 addresses: rules.addresses.clone().into(),
             };
-            self.services.insert(key, entry);
+            self.services.insert(key, Box::new(entry));
         }
         outcome.dirty = dirty.into_iter().collect();
         // The same change is written in the same order each time.
@@ -178,7 +179,7 @@ impl Desired {
         action: Action,
     ) -> Option<Option<Action>> {
         let Some(present) = self.frontends.get_mut(&frontend) else {
-            self.frontends.insert(frontend, Claim { by, action });
+            self.frontends.insert(frontend, Box::new(Claim { by, action }));
             return Some(None);
         };
         if present.by == by {
@@ -189,7 +190,7 @@ impl Desired {
         }
         let wins = by < present.by;
         let loser = if wins {
-            std::mem::replace(present, Claim { by, action })
+            std::mem::replace(&mut **present, Claim { by, action })
         } else {
             Claim { by, action }
         };
@@ -207,7 +208,9 @@ impl Desired {
         if self.frontends.get(frontend).is_some_and(|claim| claim.by == *by) {
             let next = self.waiting.get_mut(frontend).and_then(BTreeMap::pop_first);
             let was = match next {
-                Some((by, action)) => self.frontends.insert(*frontend, Claim { by, action }),
+                Some((by, action)) => {
+                    self.frontends.insert(*frontend, Box::new(Claim { by, action }))
+                }
                 None => self.frontends.remove(frontend),
             };
             before = was.map(|claim| claim.action);
