@@ -9,6 +9,7 @@
 //! * `explain`: why something is as it is; `manifests`: objects from files instead of the API.
 //! * `demo`, `demo_web`: the example that `up --demo` shows.
 //! * `notify`, `detach`: systemd and the background.
+//! * `memory`: what of it only the start needs.
 
 mod agent;
 mod cli;
@@ -25,6 +26,7 @@ mod image;
 mod instance;
 mod kubeconfig;
 mod manifests;
+mod memory;
 mod node;
 mod notify;
 mod paths;
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         let code = keelson_runtime_shim::embedded::helper_main(&arguments[2..]);
         return ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX));
     }
+    memory::share_heaps();
     match run_command(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

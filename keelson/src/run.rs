@@ -15,15 +15,17 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::notify;
+use crate::{memory, notify};
 
 /// How long what does not heed the end may hold up the process at its very end.
 const REST: Duration = Duration::from_secs(5);
+/// After how long a process has done what only its start needs.
+const STARTED: Duration = Duration::from_secs(15);
 /// How long parts may take to end after a signal.
 pub(crate) const SHUTDOWN: Duration = Duration::from_secs(20);
 
 /// A token that is cancelled by the first `SIGTERM` or `SIGINT`; a second one ends the process at
-/// once.
+/// once. A process that goes on for a while gives back the memory that only its start needed.
 ///
 /// # Errors
 /// When signals can't be listened to.
@@ -35,9 +37,14 @@ pub(crate) fn shutdown_on_signal() -> anyhow::Result<CancellationToken> {
     );
     let cancel = token.clone();
     tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        let started = tokio::time::sleep(STARTED);
+        tokio::pin!(started);
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                () = &mut started, if !started.is_elapsed() => memory::give_back(),
+            }
         }
         tracing::info!("stopping; pods go on running");
         notify::notify("STOPPING=1");
