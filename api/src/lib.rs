@@ -6,6 +6,7 @@
 //! * [`yaml`]: manifests from outside, read within bounds.
 //! * [`events`]: Kubernetes events, recorded without ever holding up the caller.
 //! * [`backoff`]: how long to wait before the next try.
+//! * [`hash`]: a hash that is the same in every release.
 //! * [`client_error`]: what to say of an error of the client.
 //! * [`metrics`] and [`logging`]: how each part shows what it does.
 //!
@@ -17,6 +18,7 @@
 pub mod backoff;
 pub mod client_error;
 pub mod events;
+pub mod hash;
 pub mod logging;
 pub mod metrics;
 pub mod object;

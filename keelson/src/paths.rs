@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use keelson_api::hash::fnv1a;
+
 /// The folders and files of one instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Paths {
@@ -116,11 +118,8 @@ fn run_folder(dir: &Path) -> PathBuf {
     if bytes.len() <= RUN_LENGTH {
         return run;
     }
-    // FNV-1a: the same in every release, so that `down` finds what an older `up` left.
-    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
-    PathBuf::from(format!("/run/keelson-{hash:016x}"))
+    // The same in every release, so that `down` finds what an older `up` left.
+    PathBuf::from(format!("/run/keelson-{:016x}", fnv1a(bytes)))
 }
 
 #[cfg(test)]

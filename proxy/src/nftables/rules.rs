@@ -5,6 +5,8 @@
 //! Never put a lookup's result into another lookup's key: the kernel takes it, and then the
 //! distribution's `nft list ruleset` aborts.
 
+use keelson_api::hash::fnv1a;
+
 use super::{
     batch::{Chain, Hook, MapData, Rule, Set, SetKind},
     expression::{Comparison, Ct, Expression, Register, Verdict},
@@ -225,10 +227,7 @@ impl Layout {
     pub(crate) fn fingerprint(&self) -> String {
         let picks: Vec<Chain> = Self::one_of_each().map(|c| self.dynamic_chain(c)).collect();
         let all = format!("{LAYOUT_VERSION} {:?} {:?} {picks:?}", self.sets(), self.chains());
-        // FNV-1a: stable over releases of the compiler, and good enough to tell layouts apart.
-        let hash = all.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
+        let hash = fnv1a(all.as_bytes());
         format!("Kubernetes Services, written by keelson; layout {hash:016x}")
     }
 
