@@ -1,5 +1,8 @@
 //! Decides which pods are taken, and gives each of them a worker.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
@@ -35,6 +38,9 @@ use crate::{
 const MIRROR_WAIT: Duration = Duration::from_secs(3);
 /// How often pods and containers are counted.
 const COUNTING: Duration = Duration::from_secs(5);
+/// How long after a worker's panic another one takes its pod over: what made it fail may still be
+/// there.
+const TAKE_OVER: Duration = Duration::from_secs(1);
 /// How long workers have to come to rest when the agent stops.
 const REST: Duration = Duration::from_secs(5);
 
@@ -69,6 +75,7 @@ pub(crate) struct Dispatcher {
     orphans_done: bool,
     /// The wait for the API's picture of static pods is over.
     waited: bool,
+    take_over: Duration,
 }
 
 impl Dispatcher {
@@ -97,6 +104,7 @@ impl Dispatcher {
             node_uid,
             orphans_done: false,
             waited: false,
+            take_over: TAKE_OVER,
         }
     }
 
@@ -127,7 +135,7 @@ impl Dispatcher {
                         Ok((task, ended)) => self.take_end(task, ended),
                         Err(error) => {
                             tracing::error!(%error, "worker failed, a new one takes over");
-                            self.take_failure(error.id()).await;
+                            self.take_failure(error.id());
                         }
                     }
                     self.settle().await;
@@ -372,27 +380,18 @@ impl Dispatcher {
         self.retry_refused();
     }
 
-    /// A worker panicked: a new one looks at what is there.
-    async fn take_failure(&mut self, task: tokio::task::Id) {
+    /// A worker panicked: after a while a new one looks at what is there. Other pods don't wait for
+    /// it, and what becomes of this one meanwhile is told to the new one.
+    fn take_failure(&mut self, task: tokio::task::Id) {
         let Some(uid) = self.uids.remove(&task) else { return };
-        let Some(worker) = self.workers.remove(&uid) else { return };
-        // not at once: what made it fail may still be there
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        let sandboxes = match self.context.runtime.list_pod_sandboxes().await {
-            Ok(sandboxes) => sandboxes,
-            Err(error) => {
-                tracing::error!(%error, uid, "pod of a failed worker not found again");
-                return;
-            }
-        };
-        let sandboxes = sandboxes
-            .into_iter()
-            .filter(|sandbox| sandbox.config.uid == uid)
-            .map(|sandbox| sandbox.id)
-            .collect();
-        let desired = worker.handle.desired.borrow().clone();
-        let target = worker.handle.target.borrow().clone();
-        self.spawn(uid, desired, sandboxes, target, worker.rejected);
+        let Some(failed) = self.workers.remove(&uid) else { return };
+        let desired = failed.handle.desired.borrow().clone();
+        let target = failed.handle.target.borrow().clone();
+        let (worker, handle) = Worker::new(Arc::clone(&self.context), desired, Vec::new(), target);
+        let context = Arc::clone(&self.context);
+        let task = self.tasks.spawn(take_over(context, uid.clone(), worker, self.take_over));
+        self.uids.insert(task.id(), uid.clone());
+        self.workers.insert(uid, Running { handle, task: task.id(), ..failed });
     }
 
     /// What the runtime or the disk has and nobody asks for is brought to its end.
@@ -457,6 +456,31 @@ impl Dispatcher {
     }
 }
 
+/// Gives a worker the sandboxes that its pod has, once the runtime tells, and lets it work.
+async fn take_over(
+    context: Arc<Context>,
+    uid: String,
+    mut worker: Worker,
+    after: Duration,
+) -> Ended {
+    loop {
+        tokio::select! {
+            () = context.shutdown.cancelled() => return Ended::Shutdown,
+            () = tokio::time::sleep(after) => {}
+        }
+        match context.runtime.list_pod_sandboxes().await {
+            Ok(sandboxes) => {
+                let own = sandboxes.into_iter().filter(|sandbox| sandbox.config.uid == uid);
+                worker.adopt(own.map(|sandbox| sandbox.id));
+                return worker.run().await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, uid, "a failed worker's pod can't be seen; trying again");
+            }
+        }
+    }
+}
+
 fn stop(worker: &Running) {
     worker.handle.desired.send_if_modified(|desired| {
         let changed = desired.stop != Some(Stop::Gone);
@@ -469,62 +493,5 @@ fn target_of(pod: &Pod) -> Target {
     Target {
         uid: pod.metadata.uid.clone().unwrap_or_default(),
         status: pod.status.clone().unwrap_or_default(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use k8s_openapi::api::core::v1::ContainerPort;
-
-    use super::*;
-    use crate::worker::fixture;
-
-    fn with_port(name: &str) -> Arc<Pod> {
-        let mut pod = fixture::pod(&[name]);
-        pod.metadata.name = Some(name.to_owned());
-        pod.metadata.uid = Some(format!("uid-{name}"));
-        pod.spec.as_mut().unwrap().containers[0].ports = Some(vec![ContainerPort {
-            container_port: 80,
-            host_port: Some(80),
-            ..Default::default()
-        }]);
-        Arc::new(pod)
-    }
-
-    #[tokio::test]
-    async fn a_refused_static_pod_runs_as_soon_as_there_is_room() {
-        let folder = tempfile::tempdir().unwrap();
-        let runtime = fixture::FakeRuntime::new();
-        let context = fixture::context(Arc::clone(&runtime), folder.path());
-        let node = admission::NodeView { max_pods: 10, ..Default::default() };
-        let (_node, node_view) = watch::channel(Arc::new(node));
-        let (_uid, node_uid) = watch::channel(None);
-        let (told, _mirrors) = watch::channel(Arc::default());
-        let dispatcher =
-            Dispatcher::new(Arc::clone(&context), node_view, node_uid, HashMap::new(), told);
-        let (changes, changed) = mpsc::channel(4);
-        let events = keelson_runtime_shim::PodRuntime::events(&*runtime);
-        let running = tokio::spawn(dispatcher.run(changed, events));
-        let (first, second) = (with_port("a"), with_port("b"));
-        changes.send(Change::Static(vec![first, Arc::clone(&second)])).await.unwrap();
-        let phase = |name: &str| {
-            let pod = context.directory.pod("default", name)?;
-            view::phase(&pod).map(str::to_owned)
-        };
-        let until = async |name: &str, wanted: &str| {
-            let reached = async {
-                while phase(name).as_deref() != Some(wanted) {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-            };
-            let reached = tokio::time::timeout(Duration::from_secs(30), reached).await;
-            assert!(reached.is_ok(), "{name} is {:?}, not {wanted}", phase(name));
-        };
-        until("a", "Running").await;
-        until("b", "Failed").await;
-        changes.send(Change::Static(vec![second])).await.unwrap();
-        until("b", "Running").await;
-        context.shutdown.cancel();
-        running.await.unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! Small pods and containers for tests, and a runtime that keeps everything in memory.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex},
@@ -142,6 +142,7 @@ struct World {
     images: Vec<String>,
     calls: Vec<String>,
     exec_codes: BTreeMap<String, i32>,
+    panics: BTreeSet<String>,
     next: u32,
 }
 
@@ -170,6 +171,16 @@ impl FakeRuntime {
     /// How `exec` of a command ends from now on.
     pub(crate) fn exec_code(&self, command: &str, code: i32) {
         self.with(|world| world.exec_codes.insert(command.to_owned(), code));
+    }
+
+    /// Panics the next time that this container is started.
+    pub(crate) fn panic_at_start(&self, name: &str) {
+        self.with(|world| world.panics.insert(name.to_owned()));
+    }
+
+    /// Whether that is still to come.
+    pub(crate) fn panics_at_start(&self, name: &str) -> bool {
+        self.with(|world| world.panics.contains(name))
     }
 
     /// The newest attempt of a container.
@@ -306,6 +317,8 @@ impl PodRuntime for FakeRuntime {
             world.calls.push(format!("start {}", status.name));
             Ok::<_, RuntimeError>(status)
         })?;
+        let panics = self.with(|world| world.panics.remove(&status.name));
+        assert!(!panics, "as was asked for");
         self.tell(&status, RuntimeEventKind::ContainerStarted);
         Ok(())
     }

@@ -192,6 +192,13 @@ impl Worker {
         (worker, Handle { desired: desired_sender, changed, target: target_sender })
     }
 
+    /// Tells it of sandboxes that its pod has already.
+    pub(crate) fn adopt(&mut self, sandboxes: impl IntoIterator<Item = SandboxId>) {
+        for sandbox in sandboxes {
+            self.observer.add(sandbox);
+        }
+    }
+
     /// Works until the pod is gone or the agent stops.
     pub(crate) async fn run(mut self) -> Ended {
         let mut look = true;
