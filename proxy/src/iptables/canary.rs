@@ -44,12 +44,16 @@ impl Canary {
         if self.compare_at.is_some_and(|at| begin < at) {
             return Ok(false);
         }
-        let digest = read(&self.programs)?.digest();
-        let took = begin.elapsed();
-        self.compare_at = Some(begin + (took * SHARE).max(Duration::from_millis(1)));
+        let mut digest = read(&self.programs)?.digest();
         let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        // What was written meanwhile is not an edit of others.
-        Ok(held.version == version && held.present.digest() != digest)
+        if held.version != version {
+            // What was written meanwhile is not an edit of others. While Services change without
+            // pause each reading would be overtaken like this: now the next write waits for one.
+            digest = read(&self.programs)?.digest();
+        }
+        let changed = held.present.digest() != digest;
+        self.compare_at = Some(begin + (begin.elapsed() * SHARE).max(Duration::from_millis(1)));
+        Ok(changed)
     }
 
     /// Which state the rules are in; `None` before the first one.

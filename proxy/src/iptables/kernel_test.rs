@@ -1,7 +1,10 @@
 //! The rules in a kernel, by both variants of iptables and in both families: each test has network
 //! namespaces of its own.
 
-use std::net::IpAddr;
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use keelson_api::object::ObjectKey;
 use serde_json::{Value, json};
@@ -300,6 +303,34 @@ fn edits_are_noticed_and_mended() {
             assert_eq!(sorted(&after), sorted(&before), "{variant:?} {edit}");
         }
     }
+}
+
+#[test]
+fn foreign_edits_are_noticed_while_endpoints_change_without_pause() {
+    let host = Namespace::new();
+    let variant = Variant::Nft;
+    let mut proxy = Proxy::start(&host, Settings { variant, ..settings(Family::V4) });
+    proxy.synchronize();
+    proxy.apply(service(Family::V4, 1, json!({}), json!({})));
+    proxy.apply(slice(Family::V4, 1, &[(1, true, false)]));
+    let mut canary = proxy.rules.canary();
+    host.sh("iptables-nft -F KUBE-FORWARD");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let noticed = std::thread::spawn(move || {
+        while Instant::now() < deadline {
+            if canary.changed().unwrap() {
+                return true;
+            }
+        }
+        false
+    });
+    for n in (1..=3).cycle() {
+        if noticed.is_finished() {
+            break;
+        }
+        proxy.apply(slice(Family::V4, 1, &[(n, true, false)]));
+    }
+    assert!(noticed.join().unwrap());
 }
 
 #[test]
