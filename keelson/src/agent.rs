@@ -473,18 +473,26 @@ pub(crate) fn run(args: &AgentArgs) -> anyhow::Result<()> {
             settings,
             client,
         };
+        let tasks = MainTasks::new(shutdown.clone());
         if let Some(credentials) = credentials {
-            tokio::spawn(credentials.keep_current(shutdown.clone()));
+            credentials.keep_current(&tasks, shutdown.clone());
         }
-        let node = Node::start(&paths, options, &shutdown);
-        let Some(node) = run::unless_stopped(node, &shutdown).await? else { return Ok(()) };
-        held.ready()?;
-        notify::notify("READY=1");
-        let healthy = run::healthy(node.healthz, "/healthz");
-        let alive = async || node.is_alive() && healthy().await;
-        notify::watchdog(alive, shutdown.clone()).await;
-        shutdown.cancelled().await;
-        run::ended(node.stopped()).await;
-        node.result()
+        let result = async {
+            let node = Node::start(&paths, options, &shutdown);
+            let Some(node) = run::unless_stopped(node, &shutdown).await? else { return Ok(()) };
+            held.ready()?;
+            notify::notify("READY=1");
+            let healthy = run::healthy(node.healthz, "/healthz");
+            let alive = async || node.is_alive() && healthy().await;
+            notify::watchdog(alive, shutdown.clone()).await;
+            shutdown.cancelled().await;
+            run::ended(node.stopped()).await;
+            node.result()
+        }
+        .await;
+        // What follows the node ends with it.
+        shutdown.cancel();
+        run::ended(tasks.stopped()).await;
+        result.and(tasks.result())
     })
 }

@@ -18,7 +18,7 @@ use kube::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::ClusterFacts;
+use crate::{cluster::ClusterFacts, run::MainTasks};
 
 /// How often the file is looked at.
 const CHECK: Duration = Duration::from_secs(30);
@@ -86,8 +86,15 @@ impl Credentials {
         Ok(Some(tls::server_config(ca, Arc::clone(serving))?))
     }
 
-    /// Follows the file until `shutdown`.
-    pub(crate) async fn keep_current(mut self, shutdown: CancellationToken) {
+    /// Follows the file until `shutdown`, as one of these tasks.
+    pub(crate) fn keep_current(self, tasks: &MainTasks, shutdown: CancellationToken) {
+        tasks.spawn("credentials", async move {
+            self.follow(shutdown).await;
+            Ok(())
+        });
+    }
+
+    async fn follow(mut self, shutdown: CancellationToken) {
         let mut ticks = tokio::time::interval(CHECK);
         loop {
             tokio::select! {

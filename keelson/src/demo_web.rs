@@ -20,6 +20,7 @@ use hyper_util::{
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
+    task::JoinSet,
 };
 
 /// How long open connections may take to end.
@@ -40,6 +41,7 @@ async fn serve(port: u16) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let graceful = GracefulShutdown::new();
+    let mut connections = JoinSet::new();
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -57,12 +59,14 @@ async fn serve(port: u16) -> anyhow::Result<()> {
             .serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);
         // A client that goes away in the middle is no concern of the others.
-        tokio::spawn(async move {
+        connections.spawn(async move {
             let _ = connection.await;
         });
+        while connections.try_join_next().is_some() {}
     }
     drop(listener);
     let _ = tokio::time::timeout(DRAIN, graceful.shutdown()).await;
+    connections.shutdown().await;
     Ok(())
 }
 

@@ -178,11 +178,13 @@ async fn configz() -> anyhow::Result<ProxyConfig> {
     let stream = tokio::net::TcpStream::connect(CONFIGZ).await?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
     let request = http::Request::get("/configz")
         .header(http::header::HOST, CONFIGZ)
         .body(Empty::<Bytes>::new())?;
-    let body = sender.send_request(request).await?.into_body().collect().await?.to_bytes();
+    let asked = async move { sender.send_request(request).await?.into_body().collect().await };
+    // The connection ends when nothing more is asked.
+    let (body, _) = tokio::join!(asked, connection);
+    let body = body?.to_bytes();
     let mut document: serde_json::Value = serde_json::from_slice(&body)?;
     Ok(serde_json::from_value(document["kubeproxy.config.k8s.io"].take())?)
 }

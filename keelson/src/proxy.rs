@@ -17,7 +17,8 @@ use crate::{
     manifests::Manifests,
     node, notify,
     paths::Paths,
-    routes, run,
+    routes,
+    run::{self, MainTasks},
 };
 
 /// The switch that has a config for `ipvs` served by nftables.
@@ -229,7 +230,7 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
     if args.dry_run {
         return dry_run(args, &settings);
     }
-    crate::runtime()?.block_on(async {
+    run::block_on(async {
         if args.cleanup {
             let cleanup = tokio::task::spawn_blocking(keelson_proxy::cleanup).await;
             cleanup.context("remove the proxy's rules")?.context("remove the proxy's rules")?;
@@ -238,15 +239,16 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
         }
         let name = node::name(settings.hostname_override.as_deref())?;
         // What is wrong in the settings is told before anything else is looked at.
-        config(&settings, &name, Vec::new(), None)?;
+        let mut config = config(&settings, &name, Vec::new(), None)?;
         let path = args
             .kubeconfig
             .as_ref()
             .or(settings.client_connection.kubeconfig.as_ref())
             .context("--kubeconfig, or clientConnection.kubeconfig in --config, is needed")?;
         let credentials = Credentials::read(path).await?;
-        let cluster_cidr = credentials.facts.as_ref().map(|facts| facts.cluster_cidr);
-        let config = config(&settings, &name, Vec::new(), cluster_cidr)?;
+        if let (DetectLocal::Nothing, Some(facts)) = (&config.detect_local, &credentials.facts) {
+            config.detect_local = DetectLocal::Ranges(vec![facts.cluster_cidr]);
+        }
         protect(settings.oom_score_adj.unwrap_or(OOM_SCORE_ADJ));
         let healthz = config.healthz_bind_address;
         let shutdown = run::shutdown_on_signal()?;
@@ -254,17 +256,29 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
         let record = Record { role: "proxy".to_owned(), ..Record::of_this_process(&name) };
         let mut held = instance::hold(&paths, &[Part::Proxy], record)?;
         let client = credentials.client();
+        let tasks = MainTasks::new(shutdown.clone());
         if credentials.facts.is_some() {
             // A cluster of Keelson's own has no CNI plugin that would see to it.
-            tokio::spawn(routes::run(client.clone(), name, shutdown.clone()));
+            tasks.spawn("routes to other nodes", {
+                let routes = routes::run(client.clone(), name, shutdown.clone());
+                async move {
+                    routes.await;
+                    Ok(())
+                }
+            });
         }
-        tokio::spawn(credentials.keep_current(shutdown.clone()));
-        let proxy = tokio::spawn(keelson_proxy::run(config, client, shutdown.clone()));
-        held.ready()?;
-        notify::notify("READY=1");
-        let watchdog = notify::watchdog(run::healthy(healthz, "/livez"), shutdown);
-        let (ended, ()) = tokio::join!(proxy, watchdog);
-        ended.context("the proxy")?.context("the proxy")
+        credentials.keep_current(&tasks, shutdown.clone());
+        let proxy = keelson_proxy::run(config, client, shutdown.clone());
+        tasks.spawn("service proxy", async move { Ok(proxy.await?) });
+        let ready = held.ready();
+        if ready.is_ok() {
+            notify::notify("READY=1");
+            notify::watchdog(run::healthy(healthz, "/livez"), shutdown.clone()).await;
+            shutdown.cancelled().await;
+        }
+        shutdown.cancel();
+        run::ended(tasks.stopped()).await;
+        ready.and(tasks.result())
     })
 }
 

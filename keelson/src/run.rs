@@ -36,6 +36,7 @@ pub(crate) fn shutdown_on_signal() -> anyhow::Result<CancellationToken> {
         signal(SignalKind::interrupt()).context("listen to SIGINT")?,
     );
     let cancel = token.clone();
+    // It has to hear a second signal until the very end, so nothing waits for it.
     tokio::spawn(async move {
         let started = tokio::time::sleep(STARTED);
         tokio::pin!(started);

@@ -14,7 +14,7 @@ use hyper::body::{Bytes, Incoming};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
 use prometheus::Registry;
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{config::Mode, metrics::Metrics};
@@ -213,15 +213,18 @@ pub(crate) async fn serve(
     shutdown: CancellationToken,
 ) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    // They end with this task.
+    let mut connections = JoinSet::new();
     loop {
         let place = tokio::select! {
             place = Arc::clone(&places).acquire_owned() => place,
-            () = shutdown.cancelled() => return,
+            () = shutdown.cancelled() => break,
         };
-        let Ok(place) = place else { return };
+        let Ok(place) = place else { break };
+        while connections.try_join_next().is_some() {}
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = shutdown.cancelled() => return,
+            () = shutdown.cancelled() => break,
         };
         let stream = match accepted {
             Ok((stream, _)) => stream,
@@ -233,7 +236,7 @@ pub(crate) async fn serve(
             }
         };
         let (answer, shutdown) = (answer.clone(), shutdown.clone());
-        tokio::spawn(async move {
+        connections.spawn(async move {
             let _place = place;
             let service = hyper::service::service_fn(move |request: Request<Incoming>| {
                 let response = answer(request.uri().path());
@@ -250,6 +253,7 @@ pub(crate) async fn serve(
             }
         });
     }
+    while connections.join_next().await.is_some() {}
 }
 
 #[cfg(test)]

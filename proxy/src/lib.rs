@@ -11,6 +11,7 @@
 //! |---|---|---|
 //! | [`watches`], three tasks | nothing | changes to the loop's queue |
 //! | [`drift`], a task | what hears others, by mode | "drift" to the same queue |
+//! | [`start`], a task | nothing; the rules of other modes are removed once | nothing |
 //! | [`proxier`], a thread | the whole state, a [`backend`] per family | rules to the kernel; Services to [`health_check`] |
 //! | [`conntrack`], a thread | a netlink socket | deletions to the kernel |
 //! | [`health`], a task per port | listeners | pages |
@@ -58,6 +59,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use keelson_api::events::EventRecorder;
@@ -86,6 +88,11 @@ use crate::{
 
 #[cfg(test)]
 pub(crate) use start::layout;
+
+/// How long a stop waits for a commit that is under way, where rules outlive the process.
+const COMMIT: Duration = Duration::from_millis(300);
+/// How long it waits for everything else.
+const REST: Duration = Duration::from_millis(500);
 
 /// Why the proxy can't start, or could not clean up.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +171,8 @@ pub async fn run_with_registry(
     registry: Registry,
     shutdown: CancellationToken,
 ) -> Result<(), ProxyError> {
+    // Its parts end with it, however it ends.
+    let shutdown = shutdown.child_token();
     // All sockets belong to the network namespace of the thread that opens them: a caller which
     // wants another one runs this on a runtime of a single thread inside it.
     if config.detect_local == DetectLocal::NodeCidr {
@@ -227,20 +236,21 @@ pub async fn run_with_registry(
 
     let node_ips: Vec<IpAddr> = node_ips(&config);
     let reports = Reports { metrics: metrics.clone(), health, events, conntrack };
+    let in_force = CancellationToken::new();
     let proxier = Proxier::new(chosen.backends, &node_ips, reports)
         .paced(config.min_sync_period)
         .with_stale_tcp(config.conntrack.remove_stale_tcp)
         .with_health_checks(HealthChecks::new(published))
-        .once_in_force(move || {
-            // Programs are run for it, which no change should wait for. The thread is in the
-            // namespace of the one that starts it.
-            let clean = std::thread::Builder::new().name("proxy-cleanup".into());
-            let _ = clean.spawn(move || start::remove_others(mode, Some(&metrics)));
+        .stopped_by(shutdown.clone())
+        .once_in_force({
+            let in_force = in_force.clone();
+            move || in_force.cancel()
         });
+    tasks.spawn(remove_others(mode, metrics, in_force, shutdown.clone()));
     let over = CancellationToken::new();
     let ended = over.clone().drop_guard();
     let runtime = tokio::runtime::Handle::current();
-    std::thread::Builder::new()
+    let looping = std::thread::Builder::new()
         .name("proxy".into())
         .spawn(move || {
             // Dropping it tells that the loop is over, however it ended.
@@ -254,19 +264,40 @@ pub async fn run_with_registry(
         () = over.cancelled() => if shutdown.is_cancelled() { Ok(()) } else { Err(ProxyError::Ended) },
     };
     // Everything listens to the token; what hangs anyway goes with the set.
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), async {
-        if result.is_ok() {
-            while tasks.join_next().await.is_some() {}
-        }
-    })
-    .await;
+    shutdown.cancel();
+    let _ = tokio::time::timeout(REST, async { while tasks.join_next().await.is_some() {} }).await;
     // Without its tasks the loop ends too, and a mode whose rules can't outlive the process takes
     // them away.
     tasks.shutdown().await;
-    if result.is_ok() && tokio::time::timeout(userspace::STOP, over.cancelled()).await.is_err() {
-        tracing::error!("the proxy's loop takes too long to stop");
+    let patience = if mode == Mode::Userspace { userspace::STOP } else { COMMIT };
+    if tokio::time::timeout(patience, over.cancelled()).await.is_err() {
+        tracing::warn!(
+            mode = mode.as_str(),
+            "stopped during a commit: the kernel takes it as a whole, or not at all"
+        );
+    } else if looping.join().is_err() {
+        return Err(ProxyError::Ended);
     }
     result
+}
+
+/// Removes what other modes left, once the rules are in force. Programs are run for it, which no
+/// change should wait for.
+async fn remove_others(
+    mode: Mode,
+    metrics: Metrics,
+    in_force: CancellationToken,
+    shutdown: CancellationToken,
+) {
+    tokio::select! {
+        () = in_force.cancelled() => {}
+        () = shutdown.cancelled() => return,
+    }
+    let removed =
+        tokio::task::spawn_blocking(move || start::remove_others(mode, Some(&metrics), &shutdown));
+    if removed.await.is_err() {
+        tracing::error!("rules of other modes stay: their removal panicked");
+    }
 }
 
 /// Removes all rules of the proxy, in every mode and family, and those of kube-proxy; nothing

@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::{
     ProxyError,
     backend::{Backend, BackendError},
@@ -198,8 +200,12 @@ pub(crate) fn settings(config: &ProxyConfig, family: Family) -> iptables::Settin
 }
 
 /// Removes what other modes and kube-proxy left, in the network namespace of the calling thread.
-/// What can't be removed is logged.
-pub(crate) fn remove_others(mode: Mode, metrics: Option<&Metrics>) -> Result<(), ProxyError> {
+/// What can't be removed is logged. After `stop` no more is begun.
+pub(crate) fn remove_others(
+    mode: Mode,
+    metrics: Option<&Metrics>,
+    stop: &CancellationToken,
+) -> Result<(), ProxyError> {
     let mut result = Ok(());
     for family in [Family::V4, Family::V6] {
         if family == Family::V6 && !kernel_has_ipv6() {
@@ -212,20 +218,25 @@ pub(crate) fn remove_others(mode: Mode, metrics: Option<&Metrics>) -> Result<(),
             }
             result = Err(error);
         };
-        if let Err(error) = remove_kube_proxy_table(family) {
+        if !stop.is_cancelled()
+            && let Err(error) = remove_kube_proxy_table(family)
+        {
             failed(error);
         }
         if mode != Mode::Nftables
+            && !stop.is_cancelled()
             && let Err(error) = remove_table(family)
         {
             failed(error);
         }
         if mode != Mode::Userspace
+            && !stop.is_cancelled()
             && let Err(error) = userspace::remove_leftovers(family).map_err(relays)
         {
             failed(error);
         }
         if mode != Mode::Iptables
+            && !stop.is_cancelled()
             && let Err(error) = iptables::cleanup(family)
         {
             failed(ProxyError::Iptables(error.to_string()));
@@ -246,7 +257,7 @@ pub(crate) fn remove_all() -> Result<(), ProxyError> {
         }
         result = result.and(remove_table(family));
     }
-    result.and(remove_others(Mode::Nftables, None))
+    result.and(remove_others(Mode::Nftables, None, &CancellationToken::new()))
 }
 
 fn remove_table(family: Family) -> Result<(), ProxyError> {

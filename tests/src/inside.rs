@@ -10,7 +10,7 @@ use nix::sched::{CloneFlags, setns};
 ///
 /// # Errors
 /// When the namespace can't be entered, or `work` fails.
-pub(crate) fn inside<T: Send>(
+pub fn inside<T: Send>(
     netns: &str,
     work: impl FnOnce() -> anyhow::Result<T> + Send,
 ) -> anyhow::Result<T> {
@@ -28,7 +28,7 @@ pub(crate) fn inside<T: Send>(
 ///
 /// # Errors
 /// As [`inside`].
-pub(crate) fn inside_async<T, F>(netns: &str, work: impl FnOnce() -> F + Send) -> anyhow::Result<T>
+pub fn inside_async<T, F>(netns: &str, work: impl FnOnce() -> F + Send) -> anyhow::Result<T>
 where
     T: Send,
     F: Future<Output = anyhow::Result<T>>,
@@ -43,7 +43,7 @@ where
 ///
 /// # Errors
 /// When there is none, or that is not allowed.
-pub(crate) fn enter(netns: &str) -> anyhow::Result<()> {
+pub fn enter(netns: &str) -> anyhow::Result<()> {
     let path = format!("/run/netns/{netns}");
     let file = File::open(&path).with_context(|| format!("network namespace {path}"))?;
     setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter network namespace {path}"))

@@ -7,6 +7,7 @@
 
 mod cluster;
 mod image;
+pub mod inside;
 mod leftovers;
 mod machine;
 mod wait;

@@ -16,7 +16,7 @@
 pub(crate) mod stale;
 mod table;
 
-use std::{io, time::Instant};
+use std::{io, thread::JoinHandle, time::Instant};
 
 use tokio::sync::mpsc;
 
@@ -37,49 +37,64 @@ enum Work {
     Compare(Box<Expected>),
 }
 
-/// Hands stale connections to the thread that removes them.
-#[derive(Clone, Debug)]
+/// Hands stale connections to the thread that removes them, and waits for its end.
+#[derive(Debug)]
 pub(crate) struct Cleaner {
-    queue: mpsc::Sender<Work>,
+    queue: Option<mpsc::Sender<Work>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Cleaner {
-    /// Starts the thread, in the network namespace of the calling one. It ends when the last
-    /// handle is dropped.
+    /// Starts the thread, in the network namespace of the calling one. It ends when
+    /// this is dropped.
     ///
     /// # Errors
     /// When the kernel has no connection tracking to talk to.
     pub(crate) fn start(metrics: Metrics) -> io::Result<Self> {
         let mut table = ConntrackTable::open()?;
         let (queue, mut work) = mpsc::channel::<Work>(QUEUE);
-        std::thread::Builder::new().name("proxy-conntrack".into()).spawn(move || {
-            while let Some(first) = work.blocking_recv() {
-                let mut stale = Vec::new();
-                let mut next = Some(first);
-                while let Some(one) = next {
-                    match one {
-                        Work::Forget(more) => stale.extend(more),
-                        Work::Compare(expected) => compare(&mut table, &expected, &metrics),
+        let thread =
+            std::thread::Builder::new().name("proxy-conntrack".into()).spawn(move || {
+                while let Some(first) = work.blocking_recv() {
+                    let mut stale = Vec::new();
+                    let mut next = Some(first);
+                    while let Some(one) = next {
+                        match one {
+                            Work::Forget(more) => stale.extend(more),
+                            Work::Compare(expected) => compare(&mut table, &expected, &metrics),
+                        }
+                        next = work.try_recv().ok();
                     }
-                    next = work.try_recv().ok();
+                    forget(&mut table, &stale, &metrics);
                 }
-                forget(&mut table, &stale, &metrics);
-            }
-        })?;
-        Ok(Self { queue })
+            })?;
+        Ok(Self { queue: Some(queue), thread: Some(thread) })
     }
 
     /// Has these connections forgotten soon.
     pub(crate) fn forget(&self, stale: Vec<Stale>) {
-        if !stale.is_empty() && self.queue.try_send(Work::Forget(stale)).is_err() {
-            tracing::warn!("stale connections stay: too many wait to be removed");
+        if !stale.is_empty() {
+            self.hand(Work::Forget(stale));
         }
     }
 
     /// Has everything forgotten that doesn't go where it should.
     pub(crate) fn compare(&self, expected: Expected) {
-        if self.queue.try_send(Work::Compare(Box::new(expected))).is_err() {
+        self.hand(Work::Compare(Box::new(expected)));
+    }
+
+    fn hand(&self, work: Work) {
+        if self.queue.as_ref().is_some_and(|queue| queue.try_send(work).is_err()) {
             tracing::warn!("stale connections stay: too many wait to be removed");
+        }
+    }
+}
+
+impl Drop for Cleaner {
+    fn drop(&mut self) {
+        self.queue = None;
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread that removes stale connections panicked");
         }
     }
 }

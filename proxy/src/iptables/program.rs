@@ -7,10 +7,14 @@ use std::{
     ffi::OsStr,
     fs, io,
     io::Write,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::mpsc,
+    thread::JoinHandle,
 };
+
+use nix::sys::{prctl::set_pdeathsig, signal::Signal};
 
 use super::{Variant, chain::Table};
 use crate::{backend::BackendError, model::Family};
@@ -30,7 +34,8 @@ type Job = Box<dyn FnOnce() + Send>;
 /// The programs of one family and variant.
 #[derive(Debug)]
 pub(crate) struct Programs {
-    jobs: mpsc::Sender<Job>,
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
     family: Family,
     /// `iptables`, `ip6tables-legacy`, …
     name: String,
@@ -42,6 +47,17 @@ pub(crate) struct Programs {
     pub(crate) legacy: bool,
 }
 
+impl Drop for Programs {
+    /// A program that runs is waited for.
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // A job's panic was its caller's.
+            let _ = thread.join();
+        }
+    }
+}
+
 impl Programs {
     /// Finds the programs and starts their thread.
     ///
@@ -51,7 +67,7 @@ impl Programs {
         let name = program_name(family, variant);
         let main = find(&name)?;
         let (jobs, queue) = mpsc::channel::<Job>();
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name(name.clone())
             .spawn(move || queue.into_iter().for_each(|job| job()))
             .map_err(|source| BackendError::Io {
@@ -59,7 +75,8 @@ impl Programs {
                 source,
             })?;
         let mut programs = Self {
-            jobs,
+            jobs: Some(jobs),
+            thread: Some(thread),
             family,
             save: find(&format!("{name}-save"))?,
             restore: find(&format!("{name}-restore"))?,
@@ -198,7 +215,8 @@ impl Programs {
             let _ = done.send(job());
         });
         let ended = || io::Error::other("the thread that runs iptables is gone");
-        self.jobs.send(job).map_err(|_| ended())?;
+        let jobs = self.jobs.as_ref().ok_or_else(ended)?;
+        jobs.send(job).map_err(|_| ended())?;
         result.recv().map_err(|_| ended())
     }
 
@@ -208,13 +226,18 @@ impl Programs {
 }
 
 fn run(program: &Path, arguments: &[String], input: Option<&str>) -> io::Result<Output> {
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    command
         .args(arguments)
         .env("LC_ALL", "C")
         .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
+        .stderr(Stdio::piped());
+    // What a killed proxy has begun must not be written when the next one has already looked. The
+    // kernel takes a table's changes as a whole or not at all.
+    // SAFETY: prctl is a plain system call, allowed between fork and exec.
+    unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
+    let mut child = command.spawn()?;
     let stdin = child.stdin.take();
     std::thread::scope(|scope| {
         if let (Some(mut stdin), Some(input)) = (stdin, input) {

@@ -15,6 +15,7 @@ use std::{
 use jiff::Timestamp;
 use keelson_api::{backoff::Backoff, object::ObjectKey};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     backend::{Backend, Forget, Goal},
@@ -72,6 +73,7 @@ pub(crate) struct Proxier {
     look_again_at: Option<Instant>,
     backoff: Backoff,
     generation: Option<u32>,
+    stop: CancellationToken,
 }
 
 #[derive(Default)]
@@ -116,6 +118,7 @@ impl Proxier {
             look_again_at: None,
             backoff: Backoff::new(RETRY.0, RETRY.1),
             generation: None,
+            stop: CancellationToken::new(),
         };
         proxier.set_node_addresses(node_ips);
         proxier
@@ -137,6 +140,11 @@ impl Proxier {
         Self { health_checks, ..self }
     }
 
+    /// Ends the loop before its next commit once this is cancelled, whatever still waits.
+    pub(crate) fn stopped_by(self, stop: CancellationToken) -> Self {
+        Self { stop, ..self }
+    }
+
     /// Does something once when the rules are in force for the first time.
     pub(crate) fn once_in_force(self, then: impl FnOnce() + Send + 'static) -> Self {
         Self { once_in_force: Some(Box::new(then)), ..self }
@@ -144,7 +152,7 @@ impl Proxier {
 
     /// Takes in changes and commits them until the queue is closed; then the backends end too.
     pub(crate) async fn run(mut self, mut queue: mpsc::Receiver<Change>) {
-        loop {
+        while !self.stop.is_cancelled() {
             let timer = self.retry_at.into_iter().chain(self.look_again_at).min();
             let first = match timer {
                 Some(at) => match tokio::time::timeout_at(at.into(), queue.recv()).await {

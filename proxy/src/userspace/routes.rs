@@ -12,6 +12,7 @@ use rtnetlink::{
     },
     sys::SocketAddr,
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use super::observe::{any_route, destination};
 use crate::{config::DetectLocal, model::Family};
@@ -39,15 +40,16 @@ pub(super) struct Routes {
     family: Family,
     loopback: u32,
     held: BTreeSet<IpAddr>,
+    _connection: AbortOnDropHandle<()>,
 }
 
 impl Routes {
     /// Opens a netlink socket in this thread's namespace.
     pub(super) fn open(family: Family) -> io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
-        tokio::spawn(connection);
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
         let loopback = nix::net::if_::if_nametoindex("lo")?;
-        Ok(Self { handle, family, loopback, held: BTreeSet::new() })
+        Ok(Self { handle, family, loopback, held: BTreeSet::new(), _connection })
     }
 
     /// Whether routes may be changed at all: removes one that nobody has.
@@ -184,6 +186,7 @@ pub(super) struct Monitor {
     messages: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
     /// Whether routes tell where pods are.
     routes_count: bool,
+    _connection: AbortOnDropHandle<()>,
 }
 
 impl Monitor {
@@ -194,10 +197,10 @@ impl Monitor {
             Family::V6 => [MulticastGroup::Ipv6Ifaddr, MulticastGroup::Ipv6Route],
         };
         let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)?;
-        tokio::spawn(connection);
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
         let routes_count =
             matches!(detect, DetectLocal::Interface(_) | DetectLocal::InterfacePrefix(_));
-        Ok(Self { messages, routes_count })
+        Ok(Self { messages, routes_count, _connection })
     }
 
     /// The next that matters; `None` if the socket is gone.

@@ -8,7 +8,6 @@
 //! Ends with an error only if something could not be measured: an aim that is missed is a fact.
 
 mod api;
-mod inside;
 mod memory;
 mod node;
 mod pods;
@@ -22,7 +21,7 @@ use std::{path::PathBuf, process::Command, thread};
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
-use keelson_tests::Machine;
+use keelson_tests::{Machine, inside};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
