@@ -48,13 +48,13 @@ fn start(host: &Namespace) -> Running {
         let conntrack = Some(Cleaner::start(metrics.clone()).unwrap());
         let health = Health::default();
         let reports = Reports { metrics, health, events: EventRecorder::discard(), conntrack };
-        let port = table.port();
+        let writing = table.writing();
         let proxier = Proxier::new(vec![Box::new(table)], &[[192, 0, 2, 1].into()], reports);
         std::thread::spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                let mut monitor = Monitor::open(&[port], vec![2]).unwrap();
+                let mut monitor = Monitor::open(&[writing], vec![2]).unwrap();
                 tokio::spawn(async move {
                     while monitor.heard().await.is_ok() {
                         let Some(queue) = monitored.upgrade() else { return };

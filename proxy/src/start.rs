@@ -17,7 +17,7 @@ use crate::{
     kernel,
     metrics::Metrics,
     model::Family,
-    nftables::{apply::Table, batch::Batch, rules::Layout, socket::NftSocket},
+    nftables::{apply::Table, batch::Batch, monitor::Writing, rules::Layout, socket::NftSocket},
     userspace::{self, Limits, RelayMetrics, Relays, Settings, UdpTimes},
 };
 
@@ -33,7 +33,7 @@ pub(crate) struct Chosen {
     /// One for each family, the primary one first.
     pub(crate) backends: Vec<Box<dyn Backend>>,
     /// The netlink sockets that write, so that a monitor doesn't take them for others.
-    pub(crate) ports: Vec<u32>,
+    pub(crate) ports: Vec<Writing>,
     /// What relays count, in the userspace mode.
     pub(crate) relays: Option<RelayMetrics>,
     /// What notices changes of rules by others, where the kernel doesn't tell.
@@ -135,7 +135,7 @@ fn open_family(
             check_kernel()?;
             let mut table = Table::open(layout(config, family)).map_err(kernel)?;
             table.probe().map_err(kernel)?;
-            chosen.ports.push(table.port());
+            chosen.ports.push(table.writing());
             Ok(Box::new(table))
         }
         Mode::Iptables => {

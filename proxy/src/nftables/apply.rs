@@ -9,7 +9,8 @@ use super::{
     held::{Held, Next, affinity_seconds},
     keys::read_choice,
     layout::{self, DynamicChain, PickChain},
-    observe::{Found, observe},
+    monitor::{Ears, Writing},
+    observe::{Found, observe, was_taken},
     rules::Layout,
     socket::{NftError, NftSocket},
     sources::{Sources, SourcesId},
@@ -25,10 +26,22 @@ use crate::{
     ruleset::{Action, Unit, desired::Desired},
 };
 
+/// What a table has of what is desired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Written {
+    /// All, but for what the kernel refuses.
+    All,
+    /// All, unless another program changed it since.
+    Unsure,
+    /// Nothing but what is the same whatever is desired.
+    Nothing,
+}
+
 /// The proxy's table in one family, and what it is known to hold.
 #[derive(Debug)]
 pub(crate) struct Table {
     socket: NftSocket,
+    ears: Ears,
     layout: Layout,
     held: Held,
 }
@@ -39,12 +52,17 @@ impl Table {
     /// # Errors
     /// When there are no netfilter sockets to be had.
     pub(crate) fn open(layout: Layout) -> Result<Self, NftError> {
-        Ok(Self { socket: NftSocket::open()?, layout, held: Held::default() })
+        Ok(Self {
+            socket: NftSocket::open()?,
+            ears: Ears::default(),
+            layout,
+            held: Held::default(),
+        })
     }
 
-    /// The number by which the kernel names this table's socket in notifications.
-    pub(crate) fn port(&self) -> u32 {
-        self.socket.port()
+    /// What a monitor has to know, to be deaf to what is written here.
+    pub(crate) fn writing(&self) -> Writing {
+        Writing { port: self.socket.port(), ears: self.ears.clone() }
     }
 
     /// Reads what the kernel holds and writes the difference to what is desired, or the whole
@@ -53,13 +71,24 @@ impl Table {
     /// # Errors
     /// When the kernel can't be read or takes not even the empty table.
     pub(crate) fn synchronize(&mut self, desired: &Desired) -> Result<Applied, NftError> {
-        let result = self.compare_and_write(desired);
+        let mut applied = Applied::default();
+        let generation = self.socket.generation()?;
+        let mut result = self.compare_and_write(desired, &mut applied, Some(generation));
+        if let Ok(Written::Unsure) = result {
+            result = self.compare_and_write(desired, &mut applied, None);
+        }
         memory::give_back();
-        result
+        result.map(|_| applied)
     }
 
-    fn compare_and_write(&mut self, desired: &Desired) -> Result<Applied, NftError> {
-        let mut applied = Applied::default();
+    /// Compares and writes. If the tables are in this generation, it may be done unheard by the
+    /// monitor.
+    pub(super) fn compare_and_write(
+        &mut self,
+        desired: &Desired,
+        applied: &mut Applied,
+        generation: Option<u32>,
+    ) -> Result<Written, NftError> {
         let mut strays = Changes::default();
         match observe(&mut self.socket, &self.layout)? {
             Found::Intact { held, strays: found } => {
@@ -68,8 +97,9 @@ impl Table {
             }
             Found::Different(why) => {
                 applied.rebuilt = Some(why);
-                if self.rebuild(desired, &mut applied)? {
-                    return Ok(applied);
+                let written = self.rebuild(desired, applied, generation)?;
+                if written != Written::Nothing {
+                    return Ok(written);
                 }
             }
         }
@@ -86,9 +116,9 @@ impl Table {
             strays.write(&mut batch);
             self.socket.commit(&mut batch)?;
         }
-        self.bisect(&units, desired, &mut applied);
+        self.bisect(&units, desired, applied);
         self.drop_unused_lists();
-        Ok(applied)
+        Ok(Written::All)
     }
 
     /// Writes what has changed in these units.
@@ -115,8 +145,7 @@ impl Table {
     /// # Errors
     /// When the kernel lacks something, with the rule that needs it.
     pub(crate) fn probe(&mut self) -> Result<(), NftError> {
-        if let Found::Intact { .. } = observe(&mut self.socket, &self.layout)? {
-            // It has taken them before.
+        if was_taken(&mut self.socket, &self.layout)? {
             return Ok(());
         }
         let mut needed = Needed::default();
@@ -139,15 +168,23 @@ impl Table {
     }
 
     /// Makes the table anew with all that is desired, in one transaction. If the kernel refuses
-    /// that, the table is made empty, for the units to be tried one by one afterwards. Whether
-    /// everything is there.
-    fn rebuild(&mut self, desired: &Desired, applied: &mut Applied) -> Result<bool, NftError> {
+    /// that, the table is made empty, for the units to be tried one by one afterwards.
+    fn rebuild(
+        &mut self,
+        desired: &Desired,
+        applied: &mut Applied,
+        generation: Option<u32>,
+    ) -> Result<Written, NftError> {
         let Whole { needed, mut plan } = whole(&self.layout, desired);
         let mut batch = static_part(&self.layout, &needed);
         let elements = plan.early.len() + plan.changes.len();
         std::mem::take(&mut plan.early).write(&mut batch);
         std::mem::take(&mut plan.changes).write(&mut batch);
-        let result = self.socket.commit(&mut batch);
+        let mut commit = || self.socket.commit(&mut batch);
+        let result = match generation {
+            Some(_) => self.ears.covered(commit),
+            None => commit(),
+        };
         drop(batch);
         if let Err(error) = result {
             if elements == 0 {
@@ -156,14 +193,19 @@ impl Table {
             tracing::warn!(%error, "the kernel refused the ruleset as a whole; writing it in parts");
             self.socket.commit(&mut static_part(&self.layout, &needed))?;
             self.held = needed.held();
-            return Ok(false);
+            return Ok(Written::Nothing);
         }
         self.held = needed.held();
         applied.elements += elements;
         for next in plan.early_next.into_iter().chain(plan.next) {
             self.held.enter(next, &mut applied.forget);
         }
-        Ok(true)
+        // One generation is this one. What another program wrote meanwhile was not heard.
+        let missed = match generation {
+            Some(generation) => self.socket.generation()? != generation.wrapping_add(1),
+            None => false,
+        };
+        Ok(if missed { Written::Unsure } else { Written::All })
     }
 
     /// Writes these units in one transaction, or, where the kernel refuses, in halves, until only

@@ -97,6 +97,11 @@ pub(crate) fn lane_maps(lane: Lane) -> LaneMaps {
     }
 }
 
+/// The lane whose endpoints are in this map, if any are.
+pub(crate) fn endpoints_lane(map: &str) -> Option<Lane> {
+    Lane::ALL.into_iter().find(|lane| lane_maps(*lane).endpoints == map)
+}
+
 /// Names one chain that picks an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct PickChain {

@@ -10,7 +10,7 @@
 //! [`picks`] those that are made when they are needed, both put together from [`steps`]; [`held`]
 //! turns units into [`changes`] of elements ([`keys`], [`sources`]), and [`reading`] turns elements
 //! back; [`batch`], [`expression`] and [`attribute`] are the encoder; [`socket`] talks to the
-//! kernel; [`observe`] reads back; [`apply`] writes; [`monitor`] hears of others who write; [`text`] prints all of it
+//! kernel; [`observe`] reads back, with [`elements`]; [`apply`] writes; [`monitor`] hears of others who write; [`text`] prints all of it
 //! without a kernel. The packet's path is drawn in the crate's `README.md`.
 //!
 //! The number of chains and rules doesn't grow with Services, and the cost of a change doesn't
@@ -20,6 +20,7 @@ pub(crate) mod apply;
 pub(crate) mod attribute;
 pub(crate) mod batch;
 pub(crate) mod changes;
+pub(crate) mod elements;
 pub(crate) mod expression;
 pub(crate) mod held;
 pub(crate) mod keys;
@@ -36,9 +37,13 @@ pub(crate) mod text;
 pub(crate) mod uapi;
 
 #[cfg(test)]
+mod elements_test;
+#[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod model_test;
+#[cfg(test)]
+mod monitor_test;
 #[cfg(test)]
 mod packets;
 #[cfg(test)]

@@ -8,10 +8,11 @@ use std::{
 
 use super::{
     attribute::Attributes,
-    batch::{Chain, Element, SetKind, TABLE, comment_of},
+    batch::{Chain, SetKind, TABLE, comment_of},
     changes::Changes,
+    elements::{all_elements, list_elements, read_endpoints},
     held::Held,
-    layout::DynamicChain,
+    layout::{DynamicChain, endpoints_lane},
     reading::Reading,
     rules::Layout,
     socket::{NftError, NftSocket},
@@ -46,14 +47,12 @@ struct FoundChain {
 /// When the kernel doesn't answer.
 pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, NftError> {
     let different = |why: String| Ok(Found::Different(why));
-    let Some(comment) = table_comment(socket, layout)? else {
-        return different("there is no table yet".into());
-    };
-    if comment != layout.fingerprint() {
-        return different("it was written by another release or with another configuration".into());
+    let generation = socket.generation()?;
+    if let Some(why) = not_ours(socket, layout)? {
+        return different(why);
     }
-    let sets = set_names(socket, layout)?;
-    if let Some(set) = layout.sets().iter().find(|set| !sets.contains(&*set.name)) {
+    let sets = sets(socket, layout)?;
+    if let Some(set) = layout.sets().iter().find(|set| !sets.contains_key(&*set.name)) {
         return different(format!("the map {} is gone", set.name));
     }
     let chains = chains(socket, layout)?;
@@ -81,10 +80,10 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
         return different(format!("the chain {} is gone", pick.name()));
     }
 
-    let lists = sets.iter().filter_map(|name| SourcesId::parse(name));
+    let lists = sets.keys().filter_map(|name| SourcesId::parse(name));
     let lists: HashSet<SourcesId> = lists.collect();
     for id in &lists {
-        let found = elements(socket, layout, &id.name())?;
+        let found = all_elements(socket, layout.family, &id.name())?;
         let list = Sources::read(layout.family, &found);
         if !picks.contains(&DynamicChain::Sources(*id)) || list.is_none_or(|l| l.id() != *id) {
             return different(format!("the set {} was edited", id.name()));
@@ -92,10 +91,22 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
     }
 
     let mut reading = Reading::new(layout.family);
+    let (mut plain, mut of_endpoints) = (Vec::new(), Vec::new());
     for set in layout.sets() {
         // What packets write isn't ours to compare.
         let (SetKind::Plain, Cow::Borrowed(name)) = (set.kind, set.name) else { continue };
-        list_elements(socket, layout, name, |element| reading.element(name, &element))?;
+        match endpoints_lane(name) {
+            Some(lane) => of_endpoints.push((name, lane)),
+            None => plain.push(name),
+        }
+    }
+    for name in plain {
+        list_elements(socket, layout.family, name, |element| reading.element(name, &element))?;
+    }
+    // Now the verdicts tell how many endpoints there should be.
+    for (name, lane) in of_endpoints {
+        let count = sets.get(name).copied().flatten();
+        read_endpoints(socket, &mut reading, name, lane, count, generation)?;
     }
     let (mut held, strays) = reading.finish();
     held.chains = picks;
@@ -105,44 +116,23 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
     Ok(Found::Intact { held: Box::new(held), strays })
 }
 
-/// Hands on each element of a set.
+/// Whether the kernel has taken this layout before, whatever became of it since.
 ///
-/// A listing that is begun again lists again what was taken in before; what another program
-/// removed meanwhile is told by the monitor.
-fn list_elements(
-    socket: &mut NftSocket,
-    layout: &Layout,
-    set: &str,
-    mut each: impl FnMut(Element),
-) -> Result<(), NftError> {
-    socket.list(
-        layout.family,
-        NFT_MSG_GETSETELEM,
-        |w| {
-            w.text_attribute(NFTA_SET_ELEM_LIST_TABLE, TABLE);
-            w.text_attribute(NFTA_SET_ELEM_LIST_SET, set);
-        },
-        |message| {
-            let Some(list) = message.attributes().find(NFTA_SET_ELEM_LIST_ELEMENTS) else {
-                return;
-            };
-            for (_, element) in Attributes(list) {
-                if let Some(element) = Element::parse(Attributes(element)) {
-                    each(element);
-                }
-            }
-        },
-        || {},
-    )
+/// # Errors
+/// When the kernel doesn't answer.
+pub(crate) fn was_taken(socket: &mut NftSocket, layout: &Layout) -> Result<bool, NftError> {
+    Ok(not_ours(socket, layout)?.is_none())
 }
 
-/// The elements of a set, each once.
-fn elements(socket: &mut NftSocket, layout: &Layout, set: &str) -> Result<Vec<Element>, NftError> {
-    let mut elements = Vec::new();
-    list_elements(socket, layout, set, |element| elements.push(element))?;
-    elements.sort_by_key(|element| element.key);
-    elements.dedup();
-    Ok(elements)
+/// Why a table is none of this release and configuration.
+fn not_ours(socket: &mut NftSocket, layout: &Layout) -> Result<Option<String>, NftError> {
+    Ok(match table_comment(socket, layout)? {
+        None => Some("there is no table yet".into()),
+        Some(comment) if comment != layout.fingerprint() => {
+            Some("it was written by another release or with another configuration".into())
+        }
+        Some(_) => None,
+    })
 }
 
 fn table_comment(socket: &mut NftSocket, layout: &Layout) -> Result<Option<String>, NftError> {
@@ -163,8 +153,9 @@ fn table_comment(socket: &mut NftSocket, layout: &Layout) -> Result<Option<Strin
     Ok(comment)
 }
 
-fn set_names(socket: &mut NftSocket, layout: &Layout) -> Result<HashSet<String>, NftError> {
-    let mut names = HashSet::new();
+/// The sets' names, and how many elements each has where the kernel tells (since Linux 6.16).
+fn sets(socket: &mut NftSocket, layout: &Layout) -> Result<HashMap<String, Option<u32>>, NftError> {
+    let mut sets = HashMap::new();
     socket.list(
         layout.family,
         NFT_MSG_GETSET,
@@ -174,12 +165,12 @@ fn set_names(socket: &mut NftSocket, layout: &Layout) -> Result<HashSet<String>,
             if attributes.find_text(NFTA_SET_TABLE) == Some(TABLE)
                 && let Some(name) = attributes.find_text(NFTA_SET_NAME)
             {
-                names.insert(name.to_owned());
+                sets.insert(name.to_owned(), attributes.find_u32(NFTA_SET_COUNT));
             }
         },
         || {},
     )?;
-    Ok(names)
+    Ok(sets)
 }
 
 fn chains(

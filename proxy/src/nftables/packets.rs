@@ -444,14 +444,14 @@ fn the_monitor_hears_others_only() {
     let host = Namespace::new();
     let mut proxy = Proxy::start(&host);
     proxy.synchronize();
-    let port = proxy.table.port();
+    let writing = proxy.table.writing();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (heard, edited) = std::sync::mpsc::channel();
     let (go, started) = std::sync::mpsc::channel();
     host.run(move || {
         std::thread::spawn(move || {
             runtime.block_on(async {
-                let mut monitor = super::monitor::Monitor::open(&[port], vec![2]).unwrap();
+                let mut monitor = super::monitor::Monitor::open(&[writing], vec![2]).unwrap();
                 go.send(()).unwrap();
                 loop {
                     heard.send(monitor.heard().await.unwrap()).unwrap();

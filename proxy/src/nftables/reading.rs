@@ -20,31 +20,53 @@ use crate::{
 pub(crate) struct Reading {
     family: Family,
     held: Held,
-    /// In the kernel's order, that is, in none.
+    /// Those of one map, in the kernel's order, that is, in none.
     endpoints: Vec<(Frontend, u32, Endpoint)>,
     strays: Changes,
 }
 
 impl Reading {
     /// Nothing read yet of a table of this family.
-    pub(crate) fn new(family: Family) -> Self {
+    pub(super) fn new(family: Family) -> Self {
         Self { family, held: Held::default(), endpoints: Vec::new(), strays: Changes::default() }
+    }
+
+    /// Which table is read.
+    pub(super) fn family(&self) -> Family {
+        self.family
     }
 
     /// Takes in one element of a set as the kernel lists it; what the proxy can't have written is
     /// to be removed. Call [`Self::finish`] after the last.
-    pub(crate) fn element(&mut self, set: &'static str, element: &Element) {
+    pub(super) fn element(&mut self, set: &'static str, element: &Element) {
         if self.take(set, element).is_none() {
             self.strays.remove(set, element.key);
         }
     }
 
-    /// All that was read, and what to remove because it makes no sense.
-    pub(crate) fn finish(mut self) -> (Held, Changes) {
-        self.endpoints.sort_unstable();
+    /// The frontends of a lane whose endpoints are picked by number, and that number.
+    pub(super) fn picks(&self, lane: Lane) -> Vec<(Frontend, u32)> {
+        let of_lane = self.held.frontends.iter().filter(|(frontend, _)| frontend.lane == lane);
+        of_lane
+            .filter_map(|(frontend, held)| match &held.chosen {
+                Some(Chosen::Pick(chain)) => Some((*frontend, chain.count)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Takes in all endpoints of a frontend, by index.
+    pub(super) fn row(&mut self, frontend: Frontend, slots: Arc<[Endpoint]>) {
+        self.held.frontends.entry(frontend).or_default().slots = slots;
+    }
+
+    /// Makes rows of the endpoints that were taken in one by one.
+    pub(super) fn rows(&mut self) {
+        let mut endpoints = std::mem::take(&mut self.endpoints);
+        endpoints.sort_unstable();
         // What was listed twice, as the listing was begun again, counts once.
-        self.endpoints.dedup_by_key(|(frontend, index, _)| (*frontend, *index));
-        for row in self.endpoints.chunk_by(|a, b| a.0 == b.0) {
+        endpoints.dedup_by_key(|(frontend, index, _)| (*frontend, *index));
+        for row in endpoints.chunk_by(|a, b| a.0 == b.0) {
             let frontend = row[0].0;
             let maps = layout::lane_maps(frontend.lane);
             // Only a row without holes from 0 on is of use.
@@ -53,9 +75,12 @@ impl Reading {
                 let key = frontend_key(&frontend).part(&index.to_ne_bytes());
                 self.strays.remove(maps.endpoints, key);
             }
-            let slots: Arc<[Endpoint]> = row[..whole].iter().map(|(_, _, e)| *e).collect();
-            self.held.frontends.entry(frontend).or_default().slots = slots;
+            self.row(frontend, row[..whole].iter().map(|(_, _, e)| *e).collect());
         }
+    }
+
+    /// All that was read, and what to remove because it makes no sense.
+    pub(super) fn finish(self) -> (Held, Changes) {
         (self.held, self.strays)
     }
 

@@ -179,6 +179,30 @@ impl NftSocket {
         Err(NftError::Restless)
     }
 
+    /// Asks for single things and hands on each answer, in the order of the question.
+    ///
+    /// # Errors
+    /// [`NftError::Refused`] when one of them isn't there; those before it were handed on.
+    pub(crate) fn get(
+        &mut self,
+        family: Family,
+        message: u8,
+        attributes: impl Fn(&mut Writer),
+        mut each: impl FnMut(Message<'_>),
+    ) -> Result<(), NftError> {
+        let sequence = self.ask(family, message, 0, attributes)?;
+        while let Some(messages) = self.read_some()? {
+            for message in Messages(messages).filter(|m| m.sequence == sequence) {
+                match error_code(&message) {
+                    Some(0) => {}
+                    Some(code) => return Err(refused("a question".into(), code, &message)),
+                    None => each(message),
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The generation of the tables: it grows with every commit, whoever's.
     ///
     /// # Errors

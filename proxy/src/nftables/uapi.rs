@@ -71,6 +71,7 @@ pub(crate) const NFTA_SET_DATA_LEN: u16 = 7;
 pub(crate) const NFTA_SET_DESC: u16 = 9;
 pub(crate) const NFTA_SET_DESC_SIZE: u16 = 1;
 pub(crate) const NFTA_SET_ID: u16 = 10;
+pub(crate) const NFTA_SET_COUNT: u16 = 20;
 pub(crate) const NFT_SET_INTERVAL: u32 = 0x04;
 pub(crate) const NFT_SET_MAP: u32 = 0x08;
 pub(crate) const NFT_SET_TIMEOUT: u32 = 0x10;
