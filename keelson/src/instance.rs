@@ -94,6 +94,10 @@ fn lock_path(paths: &Paths, part: Part) -> PathBuf {
     paths.run.join(format!("{}.lock", part.name()))
 }
 
+/// How long the child of a process that was killed may hold its locks, and how often is looked.
+const LAST_CHILD: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(5);
+
 /// Takes parts for this process.
 ///
 /// # Errors
@@ -115,10 +119,18 @@ fn lock(paths: &Paths, part: Part) -> anyhow::Result<File> {
         .write(true)
         .open(&path)
         .with_context(|| format!("lock {}", path.display()))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => {
-            let running = read(paths, part)?
+    let deadline = Instant::now() + LAST_CHILD;
+    loop {
+        let holder = match lock.try_lock() {
+            Ok(()) => return Ok(lock),
+            Err(TryLockError::WouldBlock) => read(paths, part)?,
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("lock {}", path.display()));
+            }
+        };
+        let alive = |record: &Record| Path::new("/proc").join(record.pid.to_string()).exists();
+        if holder.as_ref().is_none_or(alive) || Instant::now() >= deadline {
+            let running = holder
                 .map_or_else(String::new, |r| format!(" (keelson {}, process {})", r.role, r.pid));
             bail!(
                 "the {} already runs here{running}: stop it with `keelson down{}`, or choose \
@@ -127,9 +139,9 @@ fn lock(paths: &Paths, part: Part) -> anyhow::Result<File> {
                 paths.flag()
             );
         }
-        Err(TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("lock {}", path.display()))
-        }
+        // A process that was killed while it started a program lives on in that child until the
+        // program's first instruction.
+        std::thread::sleep(LOOK);
     }
 }
 
@@ -332,5 +344,22 @@ mod tests {
         assert_eq!(running(&paths).unwrap(), [record("control-plane", 3), record("agent", 2)]);
         forget(&paths).unwrap();
         assert_eq!(read(&paths, Part::Agent).unwrap(), None);
+    }
+
+    #[test]
+    fn the_last_child_of_a_killed_process_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(Some(dir.path())).unwrap();
+        let mut ended = std::process::Command::new("true").spawn().unwrap();
+        ended.wait().unwrap();
+        let killed = record("proxy", ended.id().cast_signed());
+        let child = hold(&paths, &[Part::Proxy], killed).unwrap();
+        let ends = std::thread::spawn(move || {
+            // As long as the child goes on.
+            std::thread::sleep(LOOK * 10);
+            drop(child);
+        });
+        hold(&paths, &[Part::Proxy], record("proxy", 1)).unwrap();
+        ends.join().unwrap();
     }
 }
