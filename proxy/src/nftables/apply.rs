@@ -116,8 +116,8 @@ impl Table {
             strays.write(&mut batch);
             self.socket.commit(&mut batch)?;
         }
-        self.bisect(&units, desired, applied);
-        self.drop_unused_lists();
+        self.bisect(&units, desired, applied)?;
+        self.drop_unused();
         Ok(Written::All)
     }
 
@@ -210,19 +210,28 @@ impl Table {
 
     /// Writes these units in one transaction, or, where the kernel refuses, in halves, until only
     /// those are left out that it refuses by themselves.
-    fn bisect(&mut self, units: &[Unit], desired: &Desired, applied: &mut Applied) {
+    ///
+    /// # Errors
+    /// When it would refuse any.
+    fn bisect(
+        &mut self,
+        units: &[Unit],
+        desired: &Desired,
+        applied: &mut Applied,
+    ) -> Result<(), NftError> {
         match self.commit(units, desired, applied) {
-            Ok(()) => {}
-            Err(error) => match units {
+            Err(error) if may_be_cured(&error) => match units {
                 [] => {}
                 [unit] => applied.refused.push((*unit, error.into())),
                 _ => {
                     let (first, second) = units.split_at(units.len() / 2);
-                    self.bisect(first, desired, applied);
-                    self.bisect(second, desired, applied);
+                    self.bisect(first, desired, applied)?;
+                    self.bisect(second, desired, applied)?;
                 }
             },
+            result => return result,
         }
+        Ok(())
     }
 
     fn commit(
@@ -252,36 +261,33 @@ impl Table {
     }
 
     /// Makes what is needed and isn't there, and writes what has to be there first, in a
-    /// transaction of its own. Lists that an earlier one left without use go in the same breath:
-    /// in that earlier one a packet might have been on its way to them.
+    /// transaction of its own. Chains and lists that an earlier one left without use go in the same
+    /// breath: in that earlier one a packet might have been on its way to them.
     fn prepare(
         &mut self,
         mut needed: Needed,
         early: Changes,
         early_next: Vec<Next>,
     ) -> Result<(), NftError> {
-        let unused: Vec<SourcesId> =
-            self.held.unused_lists().filter(|id| !needed.lists.contains_key(id)).collect();
-        needed.chains.retain(|chain| !self.held.chains.contains(chain));
-        needed.lists.retain(|id, _| !self.held.has_list(*id));
+        let mut unused = self.held.unused_chains();
+        unused.retain(|chain| !needed.chains.contains(chain));
+        needed.chains.retain(|chain| !self.held.has_chain(*chain));
+        needed.lists.retain(|id, _| !self.held.has_chain(DynamicChain::Sources(*id)));
         if needed.chains.is_empty() && early.is_empty() && unused.is_empty() {
             return Ok(());
         }
         let mut batch = Batch::new(self.layout.family);
-        for id in &unused {
-            batch.delete_chain(&id.name());
-            batch.delete_set(id.name());
+        for chain in &unused {
+            batch.delete_chain(&chain.name());
+            if let DynamicChain::Sources(id) = chain {
+                batch.delete_set(id.name());
+            }
         }
         needed.write(&self.layout, Vec::new(), &mut batch);
         early.write(&mut batch);
         self.socket.commit(&mut batch)?;
-        for id in unused {
-            self.held.remove_list(id);
-        }
-        self.held.chains.extend(needed.chains);
-        for id in needed.lists.into_keys() {
-            self.held.enter_list(id);
-        }
+        unused.into_iter().for_each(|chain| self.held.remove_chain(chain));
+        needed.chains.into_iter().for_each(|chain| self.held.enter_chain(chain));
         // These are about who may come, which leaves nothing stale.
         let mut forget = Vec::new();
         for next in early_next {
@@ -290,9 +296,9 @@ impl Table {
         Ok(())
     }
 
-    fn drop_unused_lists(&mut self) {
+    fn drop_unused(&mut self) {
         if let Err(error) = self.prepare(Needed::default(), Changes::default(), Vec::new()) {
-            tracing::warn!(%error, "lists of sources that nothing uses stay in the kernel");
+            tracing::warn!(%error, "chains that nothing leads to stay in the kernel");
         }
     }
 
@@ -449,8 +455,7 @@ impl Needed {
     /// A table that holds this and no elements.
     fn held(self) -> Held {
         let mut held = Held::default();
-        held.chains.extend(self.chains);
-        self.lists.into_keys().for_each(|id| held.enter_list(id));
+        self.chains.into_iter().for_each(|chain| held.enter_chain(chain));
         held
     }
 }

@@ -12,6 +12,7 @@ use super::{
     expression::Verdict,
     keys::{address_element, endpoint_bytes, frontend_key},
     layout::{self, DynamicChain, PickChain},
+    rules::Layout,
     sources::{Sources, SourcesId},
 };
 use crate::{
@@ -37,6 +38,16 @@ impl Chosen {
             Self::Pick(chain) => Verdict::Goto(chain.name()),
             Self::Drop | Self::Foreign => Verdict::Drop,
         }
+    }
+
+    /// The chains that this leads to: that of a sticky service leads to another.
+    fn chains(&self) -> impl Iterator<Item = DynamicChain> + use<> {
+        let pick = match self {
+            Self::Pick(pick) => Some(*pick),
+            Self::Drop | Self::Foreign => None,
+        };
+        let afresh = pick.filter(|p| p.sticky).map(|p| PickChain { sticky: false, ..p });
+        pick.into_iter().chain(afresh).map(DynamicChain::Pick)
     }
 
     pub(super) fn read(verdict: &Verdict) -> Self {
@@ -68,12 +79,11 @@ pub(crate) struct Held {
     pub(super) firewall: HashMap<Frontend, SourcesId>,
     /// For how many seconds a client's endpoint is remembered.
     pub(super) sticky: HashMap<Frontend, u32>,
-    /// How many frontends use each list of sources.
-    lists: HashMap<SourcesId, usize>,
-    /// Lists that nothing points to.
-    unused_lists: BTreeSet<SourcesId>,
-    /// The chains that were made when they were needed.
-    pub(crate) chains: HashSet<DynamicChain>,
+    /// How many frontends lead to each chain that isn't always there; a list of sources is there
+    /// together with the chain of its name.
+    chains: HashMap<DynamicChain, usize>,
+    /// Those that nothing leads to.
+    unused: BTreeSet<DynamicChain>,
 }
 
 /// A unit's next state, to be entered once the kernel has it.
@@ -190,67 +200,92 @@ impl Held {
                 self.addresses.remove(&(set, address));
             }
             Next::Firewall(frontend, sources) => self.enter_sources(frontend, sources),
-            Next::Sticky(frontend, Some(seconds)) => {
-                self.sticky.insert(frontend, seconds);
-            }
-            Next::Sticky(frontend, None) => {
-                self.sticky.remove(&frontend);
+            Next::Sticky(frontend, next) => {
+                let before = match next {
+                    Some(seconds) => self.sticky.insert(frontend, seconds),
+                    None => self.sticky.remove(&frontend),
+                };
+                next.into_iter().for_each(|seconds| self.lead_to(DynamicChain::Remember(seconds)));
+                before.into_iter().for_each(|seconds| self.leave(DynamicChain::Remember(seconds)));
             }
             Next::Frontend(frontend, next) => {
                 let before = self.frontends.get(&frontend);
                 if before.is_some_and(HeldFrontend::is_sticky) {
                     stale_choices(&frontend, before, next.as_ref(), forget);
                 }
-                match next {
+                let after = next.as_ref().and_then(|next| next.chosen.clone());
+                let before = match next {
                     Some(next) => self.frontends.insert(frontend, next),
                     None => self.frontends.remove(&frontend),
                 };
+                let before = before.and_then(|before| before.chosen);
+                if before != after {
+                    after.iter().flat_map(Chosen::chains).for_each(|chain| self.lead_to(chain));
+                    before.iter().flat_map(Chosen::chains).for_each(|chain| self.leave(chain));
+                }
             }
         }
     }
 
-    /// Enters from where clients may come, and counts who uses which list.
+    /// Enters from where clients may come.
     pub(super) fn enter_sources(&mut self, frontend: Frontend, sources: Option<SourcesId>) {
         let before = match sources {
-            Some(id) => {
-                *self.lists.entry(id).or_default() += 1;
-                self.unused_lists.remove(&id);
-                self.firewall.insert(frontend, id)
-            }
+            Some(id) => self.firewall.insert(frontend, id),
             None => self.firewall.remove(&frontend),
         };
-        if let Some(id) = before
-            && let Some(uses) = self.lists.get_mut(&id)
-        {
+        sources.into_iter().for_each(|id| self.lead_to(DynamicChain::Sources(id)));
+        before.into_iter().for_each(|id| self.leave(DynamicChain::Sources(id)));
+    }
+
+    /// Enters that a chain is there, whether anything leads to it or not.
+    pub(super) fn enter_chain(&mut self, chain: DynamicChain) {
+        if *self.chains.entry(chain).or_default() == 0 && !Layout::is_common(chain) {
+            self.unused.insert(chain);
+        }
+    }
+
+    /// Enters the chains that were found, after all elements were read, but for the lists of sources,
+    /// which were [entered](Self::enter_sources) then.
+    pub(super) fn enter_found(&mut self, chains: impl IntoIterator<Item = DynamicChain>) {
+        let chosen = self.frontends.values().filter_map(|held| held.chosen.clone());
+        let used: Vec<DynamicChain> = chosen
+            .flat_map(|chosen| chosen.chains())
+            .chain(self.sticky.values().map(|seconds| DynamicChain::Remember(*seconds)))
+            .collect();
+        used.into_iter().for_each(|chain| self.lead_to(chain));
+        chains.into_iter().for_each(|chain| self.enter_chain(chain));
+    }
+
+    /// Enters that a chain is gone.
+    pub(super) fn remove_chain(&mut self, chain: DynamicChain) {
+        self.chains.remove(&chain);
+        self.unused.remove(&chain);
+    }
+
+    /// Chains that nothing leads to. Those that lead to others come first.
+    pub(super) fn unused_chains(&self) -> Vec<DynamicChain> {
+        let mut unused: Vec<DynamicChain> = self.unused.iter().copied().collect();
+        unused.sort_by_key(|chain| !chain.is_sticky());
+        unused
+    }
+
+    /// Whether a chain is there.
+    pub(super) fn has_chain(&self, chain: DynamicChain) -> bool {
+        self.chains.contains_key(&chain)
+    }
+
+    fn lead_to(&mut self, chain: DynamicChain) {
+        *self.chains.entry(chain).or_default() += 1;
+        self.unused.remove(&chain);
+    }
+
+    fn leave(&mut self, chain: DynamicChain) {
+        if let Some(uses) = self.chains.get_mut(&chain) {
             *uses = uses.saturating_sub(1);
-            if *uses == 0 {
-                self.unused_lists.insert(id);
+            if *uses == 0 && !Layout::is_common(chain) {
+                self.unused.insert(chain);
             }
         }
-    }
-
-    /// Enters that a list is there, whether anything points to it or not.
-    pub(super) fn enter_list(&mut self, id: SourcesId) {
-        if *self.lists.entry(id).or_default() == 0 {
-            self.unused_lists.insert(id);
-        }
-    }
-
-    /// Enters that a list is gone.
-    pub(super) fn remove_list(&mut self, id: SourcesId) {
-        self.lists.remove(&id);
-        self.unused_lists.remove(&id);
-        self.chains.remove(&DynamicChain::Sources(id));
-    }
-
-    /// Lists of sources that nothing points to.
-    pub(super) fn unused_lists(&self) -> impl Iterator<Item = SourcesId> + '_ {
-        self.unused_lists.iter().copied()
-    }
-
-    /// Whether a list is there.
-    pub(super) fn has_list(&self, id: SourcesId) -> bool {
-        self.lists.contains_key(&id)
     }
 }
 

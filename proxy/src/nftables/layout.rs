@@ -159,6 +159,11 @@ impl DynamicChain {
         }
     }
 
+    /// Whether it leads on to the chain of the same name without "sticky".
+    pub(crate) fn is_sticky(self) -> bool {
+        matches!(self, Self::Pick(PickChain { sticky: true, .. }))
+    }
+
     /// The chain with this name.
     pub(crate) fn parse(name: &str) -> Option<Self> {
         let seconds = name.strip_prefix(REMEMBER).and_then(|rest| rest.strip_prefix('-'));

@@ -37,6 +37,8 @@ pub(crate) mod text;
 pub(crate) mod uapi;
 
 #[cfg(test)]
+mod chains_test;
+#[cfg(test)]
 mod elements_test;
 #[cfg(test)]
 mod golden;

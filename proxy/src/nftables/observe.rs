@@ -109,10 +109,7 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
         read_endpoints(socket, &mut reading, name, lane, count, generation)?;
     }
     let (mut held, strays) = reading.finish();
-    held.chains = picks;
-    for id in lists {
-        held.enter_list(id);
-    }
+    held.enter_found(picks);
     Ok(Found::Intact { held: Box::new(held), strays })
 }
 

@@ -214,6 +214,11 @@ impl Layout {
         })
     }
 
+    /// Whether a chain is among those, and stays though nothing may lead to it.
+    pub(crate) fn is_common(chain: DynamicChain) -> bool {
+        Self::common_chains().any(|common| common == chain)
+    }
+
     /// One chain of each kind.
     pub(crate) fn one_of_each() -> impl Iterator<Item = DynamicChain> {
         let picks = PREFIXES.into_iter().flat_map(|(lane, masquerade, _)| {

@@ -281,6 +281,8 @@ fn a_restart_writes_nothing_and_changes_nothing(mode: Mode, family: Family) {
     }
     let to = SocketAddr::new(own.cluster(), 80);
     let first = who(&net, From::Client(1), Protocol::Tcp, to);
+    // What the last change left without use goes now.
+    proxy.synchronize();
     let before = listed(&net, mode, family);
     let proxy = proxy.restarted();
     let applied = proxy.synchronize();
