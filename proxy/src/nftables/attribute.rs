@@ -33,12 +33,19 @@ pub(crate) struct Header {
 #[derive(Debug, Default)]
 pub(crate) struct Writer {
     bytes: Vec<u8>,
+    overlong: bool,
 }
 
 impl Writer {
     /// What was written.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// Whether an attribute is longer than its length field can say: what was written says something
+    /// else than it should, and must not be sent.
+    pub(crate) fn is_overlong(&self) -> bool {
+        self.overlong
     }
 
     /// How much was written.
@@ -81,8 +88,8 @@ impl Writer {
 
     /// An attribute of these bytes.
     pub(crate) fn bytes_attribute(&mut self, kind: u16, value: &[u8]) {
-        let length = (4 + value.len()) as u16;
-        self.bytes.extend_from_slice(&length.to_ne_bytes());
+        let length = self.length(4 + value.len());
+        self.bytes.extend_from_slice(&length);
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
         self.bytes.extend_from_slice(value);
         self.pad();
@@ -95,8 +102,8 @@ impl Writer {
 
     /// An attribute of a text with the zero byte that ends it.
     pub(crate) fn text_attribute(&mut self, kind: u16, value: &str) {
-        let length = (4 + value.len() + 1) as u16;
-        self.bytes.extend_from_slice(&length.to_ne_bytes());
+        let length = self.length(4 + value.len() + 1);
+        self.bytes.extend_from_slice(&length);
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
         self.bytes.extend_from_slice(value.as_bytes());
         self.bytes.push(0);
@@ -120,9 +127,13 @@ impl Writer {
 
     /// Sets the length of the nested attribute that starts at `start`.
     pub(crate) fn end_nest(&mut self, start: usize) {
-        let length = self.bytes.len() - start;
-        debug_assert!(length <= ATTRIBUTE_MAX, "a nested attribute of {length} bytes");
-        self.bytes[start..start + 2].copy_from_slice(&(length as u16).to_ne_bytes());
+        let length = self.length(self.bytes.len() - start);
+        self.bytes[start..start + 2].copy_from_slice(&length);
+    }
+
+    fn length(&mut self, length: usize) -> [u8; 2] {
+        self.overlong |= length > ATTRIBUTE_MAX;
+        u16::try_from(length).unwrap_or(u16::MAX).to_ne_bytes()
     }
 
     fn pad(&mut self) {
@@ -240,6 +251,26 @@ mod tests {
         assert_eq!(message.attributes().find_text(1), Some("keelson"));
         let nested = Attributes(message.attributes().find(3).unwrap());
         assert_eq!(nested.find_u32(2), Some(9));
+    }
+
+    #[test]
+    fn an_attribute_that_is_too_long_is_never_sent() {
+        let long = vec![0; ATTRIBUTE_MAX];
+        let text = "x".repeat(ATTRIBUTE_MAX);
+        let bodies: [&dyn Fn(&mut Writer); 3] = [
+            &|w| w.bytes_attribute(1, &long),
+            &|w| w.text_attribute(1, &text),
+            // Each of these fits, and what they are in doesn't.
+            &|w| w.nest(1, |w| (0..3).for_each(|_| w.bytes_attribute(1, &long[..30_000]))),
+        ];
+        for body in bodies {
+            let mut writer = Writer::default();
+            body(&mut writer);
+            assert!(writer.is_overlong());
+        }
+        let mut writer = Writer::default();
+        writer.bytes_attribute(1, &long[..ATTRIBUTE_MAX - 4]);
+        assert!(!writer.is_overlong());
     }
 
     proptest! {

@@ -162,6 +162,11 @@ impl Batch {
         self.writer.bytes()
     }
 
+    /// Whether it must not be sent, as an attribute is too long.
+    pub(crate) fn is_overlong(&self) -> bool {
+        self.writer.is_overlong()
+    }
+
     /// What was written so far.
     pub(crate) fn bytes(&self) -> &[u8] {
         self.writer.bytes()

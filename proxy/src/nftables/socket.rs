@@ -123,6 +123,13 @@ impl NftSocket {
     }
 
     fn transact(&mut self, batch: &Batch) -> Result<(), NftError> {
+        if batch.is_overlong() {
+            return Err(NftError::Refused {
+                subject: "the transaction".to_owned(),
+                explanation: Some("an attribute is longer than netlink can tell".to_owned()),
+                source: io::Error::from_raw_os_error(libc::EMSGSIZE),
+            });
+        }
         let length = batch.bytes().len();
         if length > self.send_limit {
             // A load is several megabytes. The kernel counts its own overhead too and wants the
