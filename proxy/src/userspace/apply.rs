@@ -77,7 +77,8 @@ pub(super) struct Relaying {
     cluster_addresses: BTreeSet<IpAddr>,
     node_addresses: BTreeSet<IpAddr>,
     routes: Routes,
-    monitor: Monitor,
+    /// `None` while it is not to be had.
+    monitor: Option<Monitor>,
     around: watch::Sender<Arc<Surroundings>>,
     listeners: BTreeMap<Listen, Listener>,
     /// By the address that they came by.
@@ -103,7 +104,7 @@ impl Relaying {
             cluster_addresses: BTreeSet::new(),
             node_addresses: BTreeSet::new(),
             routes,
-            monitor,
+            monitor: Some(monitor),
             around: watch::Sender::new(Arc::new(surroundings)),
             listeners: BTreeMap::new(),
             connections: BTreeMap::new(),
@@ -114,7 +115,7 @@ impl Relaying {
     }
 
     /// Does as ordered until nobody can order any more; then takes everything away.
-    pub(super) async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
+    pub(super) async fn run(mut self, mut orders: mpsc::Receiver<Order>) {
         loop {
             let look_at = self.look_at;
             let look = async {
@@ -133,14 +134,17 @@ impl Relaying {
                     }
                     None => break,
                 },
-                heard = self.monitor.heard() => match heard {
+                heard = hear(&mut self.monitor) => match heard {
                     Some(Heard::RouteGone(address)) if !self.routes.has(address) => {}
                     Some(_) => {
                         self.look_at.get_or_insert_with(|| Instant::now() + SETTLE);
                     }
                     None => {
-                        tracing::error!("changes of the node's addresses are not heard any more");
-                        self.look_at = Some(Instant::now() + self.settings.retry);
+                        tracing::error!(
+                            "changes of the node's addresses are not heard any more; listening again"
+                        );
+                        self.monitor = None;
+                        self.look_at.get_or_insert_with(|| Instant::now() + self.settings.retry);
                     }
                 },
                 () = look => self.look().await,
@@ -154,6 +158,7 @@ impl Relaying {
     /// Looks at what may have changed around, and brings in line what depends on it.
     async fn look(&mut self) {
         self.look_at = None;
+        self.listen_again();
         let before: BTreeSet<IpAddr> = self.routes.all().collect();
         match self.observe().await {
             Ok(mut ports) => {
@@ -182,6 +187,20 @@ impl Relaying {
             }
             Err(error) => {
                 tracing::warn!(%error, "can't look at the node's addresses; trying again");
+                self.look_at = Some(Instant::now() + self.settings.retry);
+            }
+        }
+    }
+
+    /// Listens for changes again if that ended, before looking at what was missed.
+    fn listen_again(&mut self) {
+        if self.monitor.is_some() {
+            return;
+        }
+        match Monitor::open(self.settings.family, &self.settings.detect_local) {
+            Ok(monitor) => self.monitor = Some(monitor),
+            Err(error) => {
+                tracing::warn!(%error, "changes of the node's addresses can't be heard; trying again");
                 self.look_at = Some(Instant::now() + self.settings.retry);
             }
         }
@@ -420,6 +439,14 @@ impl Listener {
     async fn close(self) {
         self.stop.cancel();
         let _ = self.task.await;
+    }
+}
+
+/// The next that is heard; nothing, while there is nothing to hear with.
+async fn hear(monitor: &mut Option<Monitor>) -> Option<Heard> {
+    match monitor {
+        Some(monitor) => monitor.heard().await,
+        None => std::future::pending().await,
     }
 }
 

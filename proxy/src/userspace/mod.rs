@@ -12,6 +12,7 @@
 //! | task or thread | what it owns | ends |
 //! |---|---|---|
 //! | `userspace-IPv4`, a thread | routes, listeners, the runtime of all below | with [`Relays`], which waits for it |
+//! | two tasks for netlink | sockets to the kernel's routes | with [`routes::Routes`] and [`routes::Monitor`] |
 //! | a task per listener | its socket; for UDP the clients and their sockets | when its port has no endpoint any more |
 //! | a task per TCP connection | both of its sockets | with the connection, or with its address's route |
 //! | a task per UDP client | nothing that outlives it | idle, or when its endpoint is gone |
@@ -65,6 +66,8 @@ use crate::{
     ruleset::Unit,
 };
 
+/// How many orders may wait. Whoever orders waits for the answer, so there is never more than one.
+const ORDERS: usize = 1;
 /// How long a stop waits for listeners and routes to go.
 pub(crate) const STOP: Duration = Duration::from_secs(10);
 /// What users lose with this mode, for the log.
@@ -138,7 +141,7 @@ impl Default for UdpTimes {
 #[derive(Debug)]
 pub(crate) struct Relays {
     family: Family,
-    orders: Option<mpsc::UnboundedSender<Order>>,
+    orders: Option<mpsc::Sender<Order>>,
     ended: blocking::Receiver<()>,
     rules: usize,
 }
@@ -152,7 +155,7 @@ impl Relays {
     pub(crate) fn open(settings: Settings) -> Result<Self, BackendError> {
         let family = settings.family;
         let failed = |doing: &str, source| BackendError::Io { doing: doing.into(), source };
-        let (orders, queue) = mpsc::unbounded_channel();
+        let (orders, queue) = mpsc::channel(ORDERS);
         let (ready, started) = blocking::channel();
         let (end, ended) = blocking::channel::<()>();
         std::thread::Builder::new()
@@ -177,7 +180,7 @@ impl Relays {
     ) -> Result<T, BackendError> {
         let (answer, answered) = blocking::channel();
         let orders = self.orders.as_ref().ok_or_else(ended_by_itself)?;
-        orders.send(order(answer)).map_err(|_| ended_by_itself())?;
+        orders.try_send(order(answer)).map_err(|_| ended_by_itself())?;
         answered.recv().map_err(|_| ended_by_itself())?
     }
 
@@ -262,11 +265,7 @@ pub(crate) fn remove_leftovers(family: Family) -> Result<(), BackendError> {
 }
 
 /// The thread's life.
-fn run(
-    settings: Settings,
-    queue: mpsc::UnboundedReceiver<Order>,
-    ready: &blocking::Sender<io::Result<()>>,
-) {
+fn run(settings: Settings, queue: mpsc::Receiver<Order>, ready: &blocking::Sender<io::Result<()>>) {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads)

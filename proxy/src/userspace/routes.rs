@@ -1,6 +1,11 @@
 //! Local routes: they make a Service's address one of this node's, without an interface.
 
-use std::{collections::BTreeSet, io, net::IpAddr};
+use std::{
+    collections::BTreeSet,
+    io,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use futures::{StreamExt, TryStreamExt, channel::mpsc::UnboundedReceiver, stream};
 use rtnetlink::{
@@ -12,6 +17,7 @@ use rtnetlink::{
     },
     sys::SocketAddr,
 };
+use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::observe::{any_route, destination};
@@ -24,6 +30,8 @@ pub(super) const PROTOCOL: RouteProtocol = RouteProtocol::Other(75);
 const LOCAL: u8 = 255;
 /// How many requests are under way at a time.
 const AT_ONCE: usize = 64;
+/// How many routes that are gone are remembered one by one; with more, everything is looked at.
+const NEWS_MAX: usize = 1_024;
 
 /// What the system said.
 pub(super) fn failed(error: rtnetlink::Error) -> io::Error {
@@ -37,19 +45,20 @@ pub(super) fn failed(error: rtnetlink::Error) -> io::Error {
 #[derive(Debug)]
 pub(super) struct Routes {
     handle: Handle,
+    /// Reads and writes the socket.
+    _connection: AbortOnDropHandle<()>,
     family: Family,
     loopback: u32,
     held: BTreeSet<IpAddr>,
-    _connection: AbortOnDropHandle<()>,
 }
 
 impl Routes {
     /// Opens a netlink socket in this thread's namespace.
     pub(super) fn open(family: Family) -> io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
-        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        let connection = AbortOnDropHandle::new(tokio::spawn(connection));
         let loopback = nix::net::if_::if_nametoindex("lo")?;
-        Ok(Self { handle, family, loopback, held: BTreeSet::new(), _connection })
+        Ok(Self { handle, _connection: connection, family, loopback, held: BTreeSet::new() })
     }
 
     /// Whether routes may be changed at all: removes one that nobody has.
@@ -180,13 +189,54 @@ pub(super) enum Heard {
     Around,
 }
 
+type Messages = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
+
 /// Hears of changes of addresses and routes.
+///
+/// The kernel's messages are taken in as they come, whatever else is going on, and boiled down to
+/// what matters: a load of thousands of routes of our own is told to us as well.
 #[derive(Debug)]
 pub(super) struct Monitor {
-    messages: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
-    /// Whether routes tell where pods are.
-    routes_count: bool,
+    news: Arc<News>,
+    /// Reads the socket.
     _connection: AbortOnDropHandle<()>,
+    /// Boils it down; ends with the socket.
+    listening: AbortOnDropHandle<()>,
+    ended: bool,
+}
+
+/// What was heard and not asked for yet.
+#[derive(Debug, Default)]
+struct News {
+    waiting: Mutex<Waiting>,
+    some: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    around: bool,
+    gone: BTreeSet<IpAddr>,
+}
+
+impl News {
+    fn add(&self, heard: Heard) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        match heard {
+            Heard::RouteGone(address) if waiting.gone.len() < NEWS_MAX => {
+                waiting.gone.insert(address);
+            }
+            _ => waiting.around = true,
+        }
+        self.some.notify_one();
+    }
+
+    fn take(&self) -> Option<Heard> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::take(&mut waiting.around) {
+            return Some(Heard::Around);
+        }
+        waiting.gone.pop_first().map(Heard::RouteGone)
+    }
 }
 
 impl Monitor {
@@ -197,39 +247,99 @@ impl Monitor {
             Family::V6 => [MulticastGroup::Ipv6Ifaddr, MulticastGroup::Ipv6Route],
         };
         let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)?;
-        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
         let routes_count =
             matches!(detect, DetectLocal::Interface(_) | DetectLocal::InterfacePrefix(_));
-        Ok(Self { messages, routes_count, _connection })
+        let connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        Ok(Self::over(messages, connection, routes_count))
+    }
+
+    fn over(messages: Messages, connection: AbortOnDropHandle<()>, routes_count: bool) -> Self {
+        let news = Arc::new(News::default());
+        let listening = listen(messages, Arc::clone(&news), routes_count);
+        let listening = AbortOnDropHandle::new(tokio::spawn(listening));
+        Self { news, _connection: connection, listening, ended: false }
     }
 
     /// The next that matters; `None` if the socket is gone.
     pub(super) async fn heard(&mut self) -> Option<Heard> {
         loop {
-            let (message, _) = self.messages.next().await?;
-            match message.payload {
-                NetlinkPayload::InnerMessage(
-                    RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_),
-                )
-                | NetlinkPayload::Overrun(_) => return Some(Heard::Around),
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route)) => {
-                    let ours = ours(&route).map(Heard::RouteGone);
-                    let heard = ours.or(self.counts(&route).then_some(Heard::Around));
-                    if heard.is_some() {
-                        return heard;
-                    }
-                }
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route))
-                    if self.counts(&route) =>
-                {
-                    return Some(Heard::Around);
-                }
-                _ => {}
+            if let Some(heard) = self.news.take() {
+                return Some(heard);
+            }
+            if self.ended {
+                return None;
+            }
+            tokio::select! {
+                () = self.news.some.notified() => {}
+                _ = &mut self.listening => self.ended = true,
             }
         }
     }
+}
 
-    fn counts(&self, route: &RouteMessage) -> bool {
-        self.routes_count && route.header.kind == RouteType::Unicast
+/// Takes in messages until the socket is gone.
+async fn listen(mut messages: Messages, news: Arc<News>, routes_count: bool) {
+    while let Some((message, _)) = messages.next().await {
+        if let Some(heard) = matters(message.payload, routes_count) {
+            news.add(heard);
+        }
+    }
+}
+
+/// What of a message matters; `routes_count` if routes tell where pods are.
+fn matters(message: NetlinkPayload<RouteNetlinkMessage>, routes_count: bool) -> Option<Heard> {
+    let counts = |route: &RouteMessage| routes_count && route.header.kind == RouteType::Unicast;
+    match message {
+        NetlinkPayload::InnerMessage(
+            RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_),
+        )
+        | NetlinkPayload::Overrun(_) => Some(Heard::Around),
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route)) => {
+            ours(&route).map(Heard::RouteGone).or(counts(&route).then_some(Heard::Around))
+        }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) if counts(&route) => {
+            Some(Heard::Around)
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures::channel::mpsc;
+
+    use super::*;
+
+    fn gone(n: u32) -> NetlinkMessage<RouteNetlinkMessage> {
+        let builder = RouteMessageBuilder::<std::net::Ipv4Addr>::new();
+        let builder = builder.destination_prefix(n.into(), 32).kind(RouteType::Local);
+        let route = builder.table_id(LOCAL.into()).protocol(PROTOCOL).build();
+        let payload = NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route));
+        NetlinkMessage::new(Default::default(), payload)
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_news_is_boiled_down_and_the_end_is_told() {
+        let (sender, messages) = mpsc::unbounded();
+        let connection = AbortOnDropHandle::new(tokio::spawn(std::future::pending()));
+        let mut monitor = Monitor::over(messages, connection, false);
+        let from = SocketAddr::new(0, 0);
+        let first = 0x0a60_0001;
+        for n in 0..2 * NEWS_MAX as u32 {
+            sender.unbounded_send((gone(first + n), from)).unwrap();
+        }
+        drop(sender);
+        let mut heard = Vec::new();
+        let all = async {
+            while let Some(one) = monitor.heard().await {
+                heard.push(one);
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), all).await.expect("the end is told");
+        assert!(heard.contains(&Heard::Around), "it was more than is remembered");
+        assert!(heard.len() <= 2 * NEWS_MAX);
+        assert!(heard.contains(&Heard::RouteGone(std::net::Ipv4Addr::from(first).into())));
     }
 }
