@@ -76,6 +76,14 @@ pub(crate) enum BackendError {
         /// What it said.
         message: String,
     },
+    /// A program that could not have what others hold (iptables' lock), or was ended by somebody.
+    #[error("{program}: {message}")]
+    Busy {
+        /// Its name.
+        program: String,
+        /// What it said.
+        message: String,
+    },
     /// What this backend never does; trying again changes nothing.
     #[error("{0}")]
     Unsupported(String),
@@ -94,6 +102,34 @@ impl BackendError {
     pub(crate) fn may_pass(&self) -> bool {
         !matches!(self, Self::Unsupported(_))
     }
+
+    /// Whether it is not for something that is lacking: another try soon may go better.
+    pub(crate) fn is_busy(&self) -> bool {
+        match self {
+            Self::Nftables(error) => error.is_busy(),
+            Self::Busy { .. } => true,
+            Self::Io { source, .. } => source.raw_os_error().is_some_and(is_busy),
+            Self::Program { .. } | Self::Unsupported(_) => false,
+        }
+    }
+}
+
+impl NftError {
+    /// Whether it is not for something that is lacking: another try soon may go better.
+    pub(crate) fn is_busy(&self) -> bool {
+        match self {
+            Self::Refused { source, .. } | Self::Socket { source, .. } => {
+                source.raw_os_error().is_some_and(is_busy)
+            }
+            Self::AnswersLost | Self::Restless => true,
+        }
+    }
+}
+
+/// Errors of the system that say "not now" rather than "never".
+fn is_busy(errno: i32) -> bool {
+    use libc::{EAGAIN, EBUSY, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, ETXTBSY};
+    [EAGAIN, EBUSY, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, ETXTBSY].contains(&errno)
 }
 
 /// What came of writing.

@@ -1,6 +1,11 @@
 //! `/healthz` and `/livez` on one port; `/metrics`, `/proxyMode` and `/configz` on another.
+//!
+//! A family is late when a change of it waits for longer than twice the configured `syncPeriod`, as
+//! with kube-proxy. What the kernel refuses by itself doesn't count: it was tried. Nor does a family
+//! in which nothing could be written since the start: to start again would not help.
 
 use std::{
+    collections::BTreeMap,
     convert::Infallible,
     io,
     net::SocketAddr,
@@ -17,10 +22,8 @@ use prometheus::Registry;
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::Mode, metrics::Metrics};
+use crate::{config::Mode, metrics::Metrics, model::Family};
 
-/// A change that isn't written after so long means that the proxy is ill.
-const OVERDUE: Duration = Duration::from_secs(120);
 /// How long to wait before a port that is taken is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 /// How many may be connected at a time.
@@ -29,46 +32,68 @@ const CONNECTIONS: usize = 256;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Whether the proxy keeps up. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Health(Arc<Mutex<State>>);
+#[derive(Clone, Debug)]
+pub(crate) struct Health {
+    /// A change that isn't written after so long means that the proxy is ill.
+    overdue: Duration,
+    state: Arc<Mutex<State>>,
+}
 
 #[derive(Debug)]
 struct State {
-    updated: Option<Timestamp>,
-    waiting_since: Option<Timestamp>,
+    families: BTreeMap<Family, Progress>,
     eligible: bool,
 }
 
-impl Default for State {
-    fn default() -> Self {
-        Self { updated: None, waiting_since: None, eligible: true }
-    }
+/// How far the rules of a family are.
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    updated: Option<Timestamp>,
+    waiting_since: Option<Timestamp>,
 }
 
 /// What `/healthz` says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Report {
     updated: Timestamp,
     now: Timestamp,
     keeps_up: bool,
     eligible: bool,
+    families: BTreeMap<Family, FamilyReport>,
+}
+
+/// What it says of one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FamilyReport {
+    updated: Timestamp,
+    keeps_up: bool,
 }
 
 impl Health {
+    /// Nothing was written yet in these families, and rules are compared this often.
+    pub(crate) fn new(families: &[Family], sync_period: Duration) -> Self {
+        let families = families.iter().map(|family| (*family, Progress::default())).collect();
+        Self {
+            overdue: sync_period * 2,
+            state: Arc::new(Mutex::new(State { families, eligible: true })),
+        }
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A change came in.
-    pub(crate) fn queued(&self) {
-        self.state().waiting_since.get_or_insert_with(Timestamp::now);
-    }
-
-    /// Everything that came in is in the kernel.
-    pub(crate) fn updated(&self) {
+    /// A change of this family's rules came in.
+    pub(crate) fn queued(&self, family: Family) {
         let mut state = self.state();
-        state.waiting_since = None;
-        state.updated = Some(Timestamp::now());
+        let progress = state.families.entry(family).or_default();
+        progress.waiting_since.get_or_insert_with(Timestamp::now);
+    }
+
+    /// Everything that came in was tried in this family.
+    pub(crate) fn updated(&self, family: Family) {
+        let progress = Progress { updated: Some(Timestamp::now()), waiting_since: None };
+        self.state().families.insert(family, progress);
     }
 
     /// Whether load balancers should send traffic to this node.
@@ -76,25 +101,35 @@ impl Health {
         self.state().eligible = eligible;
     }
 
-    /// Whether everything was written, and nothing waits for long.
+    /// Whether rules were written, and nothing waits for long.
     pub(crate) fn keeps_up(&self) -> bool {
         self.report(Timestamp::now()).keeps_up
     }
 
     fn report(&self, now: Timestamp) -> Report {
         let state = self.state();
-        let late = state
-            .waiting_since
-            .is_some_and(|since| now.duration_since(since).unsigned_abs() > OVERDUE);
-        Report {
+        let late = |progress: &Progress| {
+            let waits = progress.waiting_since.map(|since| now.duration_since(since));
+            waits.is_some_and(|waits| waits.unsigned_abs() > self.overdue)
+        };
+        let begun = || state.families.values().filter(|progress| progress.updated.is_some());
+        let families = state.families.iter().map(|(family, progress)| {
             // With nothing waiting the rules are as fresh as can be.
-            updated: match state.waiting_since {
-                None => now,
-                Some(_) => state.updated.unwrap_or(Timestamp::UNIX_EPOCH),
-            },
+            let fresh = progress.updated.is_some() && progress.waiting_since.is_none();
+            let updated = progress.updated.unwrap_or(Timestamp::UNIX_EPOCH);
+            let keeps_up = progress.updated.is_some() && !late(progress);
+            (*family, FamilyReport { updated: if fresh { now } else { updated }, keeps_up })
+        });
+        let families: BTreeMap<Family, FamilyReport> = families.collect();
+        let keeps_up = begun().next().is_some() && !begun().any(late);
+        let late_since = begun().filter(|progress| late(progress)).filter_map(|p| p.updated).min();
+        let last = families.values().map(|family| family.updated).max();
+        Report {
+            updated: late_since.or(last).unwrap_or(Timestamp::UNIX_EPOCH),
             now,
-            keeps_up: state.updated.is_some() && !late,
+            keeps_up,
             eligible: state.eligible,
+            families,
         }
     }
 }
@@ -126,12 +161,12 @@ impl Pages {
         let report = self.health.report(Timestamp::now());
         match (server, path) {
             (Server::Health, "/healthz") => {
-                let response = health_page(report, report.keeps_up && report.eligible);
+                let response = health_page(&report, report.keeps_up && report.eligible);
                 self.metrics.healthz.with_label_values(&[response.status().as_str()]).inc();
                 response
             }
             (Server::Health, "/livez") => {
-                let response = health_page(report, report.keeps_up);
+                let response = health_page(&report, report.keeps_up);
                 self.metrics.livez.with_label_values(&[response.status().as_str()]).inc();
                 response
             }
@@ -154,12 +189,21 @@ impl Pages {
 }
 
 /// The documented form: when rules were last brought up to date, the time now, and whether the node
-/// should get traffic from load balancers.
-fn health_page(report: Report, healthy: bool) -> Response<Full<Bytes>> {
+/// should get traffic from load balancers; and how far each family is.
+fn health_page(report: &Report, healthy: bool) -> Response<Full<Bytes>> {
+    let status = report.families.iter().map(|(family, progress)| {
+        let progress = serde_json::json!({
+            "lastUpdated": progress.updated.to_string(),
+            "healthy": progress.keeps_up,
+        });
+        (family.as_str().to_owned(), progress)
+    });
+    let status: serde_json::Map<_, _> = status.collect();
     let body = serde_json::json!({
         "lastUpdated": report.updated.to_string(),
         "currentTime": report.now.to_string(),
         "nodeEligible": report.eligible,
+        "status": status,
     });
     let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     page(status, "application/json", body.to_string())
@@ -260,22 +304,46 @@ pub(crate) async fn serve(
 mod tests {
     use super::*;
 
+    const BOTH: [Family; 2] = [Family::V4, Family::V6];
+
+    fn after(seconds: i64) -> Timestamp {
+        Timestamp::now() + jiff::SignedDuration::from_secs(seconds)
+    }
+
     #[test]
     fn health_is_whether_changes_are_written_in_time() {
-        let health = Health::default();
+        let health = Health::new(&[Family::V4], Duration::from_secs(30));
         let now = Timestamp::now();
         assert!(!health.report(now).keeps_up, "nothing was written yet");
-        health.updated();
+        health.updated(Family::V4);
         assert!(health.report(now).keeps_up);
-        health.queued();
-        let later = Timestamp::now() + jiff::SignedDuration::from_secs(60);
-        assert!(health.report(later).keeps_up, "it may take a while");
-        let late = Timestamp::now() + jiff::SignedDuration::from_secs(130);
-        assert!(!health.report(late).keeps_up);
-        health.updated();
+        health.queued(Family::V4);
+        assert!(health.report(after(55)).keeps_up, "it may take a while");
+        assert!(!health.report(after(65)).keeps_up, "twice the sync period is too long");
+        health.updated(Family::V4);
         health.set_eligible(false);
         let report = health.report(Timestamp::now());
         assert!(report.keeps_up && !report.eligible);
-        assert_eq!(health_page(report, false).status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(health_page(&report, false).status(), StatusCode::SERVICE_UNAVAILABLE);
+        let seldom = Health::new(&[Family::V4], Duration::from_secs(300));
+        seldom.updated(Family::V4);
+        seldom.queued(Family::V4);
+        assert!(seldom.report(after(590)).keeps_up, "who compares seldom is late later");
+        assert!(!seldom.report(after(610)).keeps_up);
+    }
+
+    #[test]
+    fn a_family_that_never_began_is_told_and_one_that_falls_behind_counts() {
+        let health = Health::new(&BOTH, Duration::from_secs(30));
+        BOTH.iter().for_each(|family| health.queued(*family));
+        health.updated(Family::V4);
+        let report = health.report(after(65));
+        assert!(report.keeps_up, "to start again would not help");
+        assert!(!report.families[&Family::V6].keeps_up && report.families[&Family::V4].keeps_up);
+        health.updated(Family::V6);
+        health.queued(Family::V6);
+        let report = health.report(after(65));
+        assert!(!report.keeps_up && report.families[&Family::V4].keeps_up);
+        assert_eq!(report.updated, report.families[&Family::V6].updated, "since when");
     }
 }

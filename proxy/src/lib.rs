@@ -11,7 +11,7 @@
 //! |---|---|---|
 //! | [`watches`], three tasks | nothing | changes to the loop's queue |
 //! | [`drift`], a task | what hears others, by mode | "drift" to the same queue |
-//! | [`start`], a task | nothing; the rules of other modes are removed once | nothing |
+//! | [`start`], a task | nothing; the rules of other modes are removed once a family's own are in force | nothing |
 //! | [`proxier`], a thread | the whole state, a [`backend`] per family | rules to the kernel; Services to [`health_check`] |
 //! | [`conntrack`], a thread | a netlink socket | deletions to the kernel |
 //! | [`health`], a task per port | listeners | pages |
@@ -23,6 +23,7 @@
 //! [`cleanup`] removes them. `README.md` in this crate draws the packet's path.
 
 mod backend;
+mod condition;
 mod config;
 mod conntrack;
 mod drift;
@@ -77,7 +78,9 @@ pub use model::{Family, Protocol};
 pub use snapshot::{Objects, Refusal, Snapshot};
 
 use crate::{
+    condition::Condition,
     conntrack::Cleaner,
+    drift::Hearing,
     health::{Health, Pages, Server},
     health_check::{HealthChecks, Listening},
     metrics::Metrics,
@@ -85,9 +88,6 @@ use crate::{
     proxier::{Proxier, Reports},
     start::{Chosen, KERNEL_MIN},
 };
-
-#[cfg(test)]
-pub(crate) use start::layout;
 
 /// How long a stop waits for a commit that is under way, where rules outlive the process.
 const COMMIT: Duration = Duration::from_millis(300);
@@ -180,9 +180,13 @@ pub async fn run_with_registry(
         let Some(ranges) = ranges else { return Ok(()) };
         config.detect_local = DetectLocal::Ranges(ranges);
     }
-    let mut chosen = start::choose(&config)?;
+    let Some(mut chosen) = start::choose_patiently(&config, &shutdown).await? else {
+        return Ok(());
+    };
     let (mode, families) = (chosen.mode, chosen.families());
     let metrics = Metrics::for_mode(&registry, mode)?;
+    let modes = (config.mode, mode);
+    let condition = Condition::register(&registry, modes, &families, &config.wanted_families())?;
     if let Some(relays) = &chosen.relays {
         relays.register(&registry)?;
     }
@@ -190,7 +194,7 @@ pub async fn run_with_registry(
     // After the kernel has got what tracks connections for the above: its settings are not there
     // before.
     sysctl::apply(&config.conntrack);
-    let health = Health::default();
+    let health = Health::new(&families, config.sync_period);
     let mut tasks = JoinSet::new();
 
     let pages = Pages {
@@ -209,7 +213,13 @@ pub async fn run_with_registry(
     }
 
     let (changes, queue) = mpsc::channel(watches::QUEUE);
-    hear_others(&mut tasks, &mut chosen, &config, &changes, &shutdown);
+    let hearing = Hearing {
+        changes: changes.clone(),
+        period: config.sync_period,
+        failures: condition.deaf,
+        shutdown: shutdown.clone(),
+    };
+    hear_others(&mut tasks, &mut chosen, &families, hearing);
     let (events, recorder) = EventRecorder::spawn(
         client.clone(),
         "kube-proxy",
@@ -236,17 +246,17 @@ pub async fn run_with_registry(
 
     let node_ips: Vec<IpAddr> = node_ips(&config);
     let reports = Reports { metrics: metrics.clone(), health, events, conntrack };
-    let in_force = CancellationToken::new();
+    let (in_force, begun) = mpsc::channel(2);
     let proxier = Proxier::new(chosen.backends, &node_ips, reports)
         .paced(config.min_sync_period)
         .with_stale_tcp(config.conntrack.remove_stale_tcp)
         .with_health_checks(HealthChecks::new(published))
         .stopped_by(shutdown.clone())
-        .once_in_force({
-            let in_force = in_force.clone();
-            move || in_force.cancel()
+        .when_in_force(move |family| {
+            // There is room for all of them.
+            let _ = in_force.try_send(family);
         });
-    tasks.spawn(remove_others(mode, metrics, in_force, shutdown.clone()));
+    tasks.spawn(remove_others(mode, metrics, begun, shutdown.clone()));
     let over = CancellationToken::new();
     let ended = over.clone().drop_guard();
     let runtime = tokio::runtime::Handle::current();
@@ -281,22 +291,27 @@ pub async fn run_with_registry(
     result
 }
 
-/// Removes what other modes left, once the rules are in force. Programs are run for it, which no
-/// change should wait for.
+/// Removes what other modes left of each family, once its rules are in force. Programs are run for
+/// it, which no change should wait for.
 async fn remove_others(
     mode: Mode,
     metrics: Metrics,
-    in_force: CancellationToken,
+    mut begun: mpsc::Receiver<Family>,
     shutdown: CancellationToken,
 ) {
-    tokio::select! {
-        () = in_force.cancelled() => {}
-        () = shutdown.cancelled() => return,
-    }
-    let removed =
-        tokio::task::spawn_blocking(move || start::remove_others(mode, Some(&metrics), &shutdown));
-    if removed.await.is_err() {
-        tracing::error!("rules of other modes stay: their removal panicked");
+    loop {
+        let family = tokio::select! {
+            family = begun.recv() => family,
+            () = shutdown.cancelled() => return,
+        };
+        let Some(family) = family else { return };
+        let (metrics, stop) = (metrics.clone(), shutdown.clone());
+        let removed = tokio::task::spawn_blocking(move || {
+            start::remove_others(mode, family, Some(&metrics), &stop)
+        });
+        if removed.await.is_err() {
+            tracing::error!("rules of other modes stay: their removal panicked");
+        }
     }
 }
 
@@ -368,28 +383,16 @@ async fn listen(
 fn hear_others(
     tasks: &mut JoinSet<()>,
     chosen: &mut Chosen,
-    config: &ProxyConfig,
-    changes: &mpsc::Sender<watches::Change>,
-    shutdown: &CancellationToken,
+    families: &[Family],
+    hearing: Hearing,
 ) {
-    let period = config.sync_period;
     for canary in chosen.canaries.drain(..) {
-        tasks.spawn(drift::canary(canary, period, changes.clone(), shutdown.clone()));
+        tasks.spawn(drift::look(canary, hearing.clone()));
     }
     if chosen.mode == Mode::Nftables {
-        let families = chosen.families().iter().map(|f| f.protocol_family()).collect();
-        match Monitor::open(&chosen.ports, families) {
-            Ok(monitor) => {
-                tasks.spawn(drift::monitor(monitor, changes.clone(), shutdown.clone()));
-            }
-            Err(error) => {
-                tracing::warn!(
-                    %error, ?period,
-                    "the kernel doesn't tell of changes of the rules by other programs; looking for \
-                     them from time to time"
-                );
-                tasks.spawn(drift::periodically(period, changes.clone(), shutdown.clone()));
-            }
-        }
+        let families: Vec<u8> = families.iter().map(|f| f.protocol_family()).collect();
+        let ports = chosen.ports.clone();
+        let open = move || Monitor::open(&ports, families.clone());
+        tasks.spawn(drift::monitor(open, hearing));
     }
 }

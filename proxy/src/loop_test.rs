@@ -10,11 +10,13 @@ use std::{
 use keelson_api::{events::EventRecorder, object::ObjectKey};
 use prometheus::Registry;
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinSet};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
-    DetectLocal, ProxyConfig,
+    DetectLocal, Mode, ProxyConfig,
     conntrack::Cleaner,
+    drift::Hearing,
     health::Health,
     metrics::Metrics,
     model::{
@@ -22,50 +24,65 @@ use crate::{
         objects::{Place, Service, Slice},
     },
     netns::Namespace,
-    nftables::{apply::Table, monitor::Monitor},
     proxier::{Proxier, Reports},
     watches::{Change, ChangeKind},
 };
 
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Running {
     queue: mpsc::Sender<Change>,
     registry: Registry,
+    /// Ends what hears of others, which holds the queue too.
+    _hearing: DropGuard,
+    /// Runs out when the loop and its backends are gone.
+    over: std::sync::mpsc::Receiver<()>,
 }
 
-/// Runs a loop, with its monitor, in a namespace.
+/// Runs a loop in nftables mode in a namespace.
 fn start(host: &Namespace) -> Running {
+    start_in(host, Mode::Nftables)
+}
+
+/// Runs a loop of a mode, and what hears of others, in a namespace.
+fn start_in(host: &Namespace, mode: Mode) -> Running {
     let (queue, changes) = mpsc::channel(100);
-    let registry = Registry::new();
-    let (monitored, metrics) = (queue.downgrade(), Metrics::register(&registry).unwrap());
+    let (registry, shutdown) = (Registry::new(), CancellationToken::new());
+    let (end, over) = std::sync::mpsc::channel::<()>();
+    let metrics = Metrics::for_mode(&registry, mode).unwrap();
+    let hearing = Hearing {
+        changes: queue.clone(),
+        period: Duration::from_millis(50),
+        failures: prometheus::IntCounter::new("failures", "Failures.").unwrap(),
+        shutdown: shutdown.clone(),
+    };
     host.run(move || {
         let config = ProxyConfig {
+            mode,
+            families: vec![Family::V4],
             detect_local: DetectLocal::Ranges(vec!["10.244.0.0/16".parse().unwrap()]),
             ..ProxyConfig::new("here")
         };
-        let table = Table::open(crate::layout(&config, Family::V4)).unwrap();
+        let mut chosen = crate::start::choose(&config).unwrap();
+        assert_eq!(chosen.mode, mode);
         let conntrack = Some(Cleaner::start(metrics.clone()).unwrap());
-        let health = Health::default();
+        let health = Health::new(&[Family::V4], Duration::from_secs(30));
         let reports = Reports { metrics, health, events: EventRecorder::discard(), conntrack };
-        let writing = table.writing();
-        let proxier = Proxier::new(vec![Box::new(table)], &[[192, 0, 2, 1].into()], reports);
+        let backends = std::mem::take(&mut chosen.backends);
+        let proxier = Proxier::new(backends, &[[192, 0, 2, 1].into()], reports);
         std::thread::spawn(move || {
+            let _end = end;
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                let mut monitor = Monitor::open(&[writing], vec![2]).unwrap();
-                tokio::spawn(async move {
-                    while monitor.heard().await.is_ok() {
-                        let Some(queue) = monitored.upgrade() else { return };
-                        let _ = queue.send(ChangeKind::Drift("edit").into()).await;
-                    }
-                });
+                let mut tasks = JoinSet::new();
+                crate::hear_others(&mut tasks, &mut chosen, &[Family::V4], hearing);
                 proxier.run(changes).await;
+                tasks.shutdown().await;
             });
         });
     });
-    Running { queue, registry }
+    Running { queue, registry, _hearing: shutdown.drop_guard(), over }
 }
 
 impl Running {
@@ -150,6 +167,53 @@ fn nothing_is_written_before_everything_was_listed_and_drift_is_mended() {
     until("it is back", || has(&host, "10.96.0.10"));
     drop(running);
     assert!(has(&host, "10.96.0.10"));
+}
+
+/// How a mode shows that the Service is served by this endpoint, and that it isn't served.
+fn serves(host: &Namespace, mode: Mode, endpoint: u8) -> bool {
+    let shows = |command: &str, text: &str| host.try_sh(command).1.contains(text);
+    match mode {
+        Mode::Nftables => has(host, &format!(". 0x00000000 : 10.244.{endpoint}.2 . 5353")),
+        Mode::Iptables => {
+            shows("iptables-save -t nat", &format!("--to-destination 10.244.{endpoint}.2:5353"))
+                && shows("iptables-save -t nat", "-d 10.96.0.10/32")
+        }
+        Mode::Userspace => {
+            shows("ip route show table local proto 75", "10.96.0.10")
+                && shows("ss -lun", "10.96.0.10:53")
+        }
+    }
+}
+
+#[test]
+fn every_mode_waits_for_the_list_mends_drift_follows_changes_and_ends() {
+    for (mode, edit) in [
+        (Mode::Nftables, "nft flush ruleset"),
+        (Mode::Iptables, "iptables -t nat -F KUBE-SERVICES"),
+        (Mode::Userspace, "ip route flush table local proto 75"),
+    ] {
+        let host = Namespace::new();
+        let running = start_in(&host, mode);
+        running.send(service());
+        running.send(slice(&[1]));
+        running.send(ChangeKind::Services(HashSet::from([ObjectKey::new("d", "dns")])));
+        assert!(!serves(&host, mode, 1), "{mode:?}: not before the slices are known");
+        running.listed();
+        until("the first sync", || serves(&host, mode, 1));
+        host.sh(edit);
+        until("drift is mended", || serves(&host, mode, 1));
+        if mode != Mode::Userspace {
+            until("it is counted", || running.metric("keelson_proxy_drift_total{cause="));
+        }
+        running.send(slice(&[2]));
+        until("a change", || serves(&host, mode, 2));
+
+        let Running { queue, _hearing, over, .. } = running;
+        drop((queue, _hearing));
+        let ended = over.recv_timeout(PATIENCE);
+        assert_eq!(ended, Err(std::sync::mpsc::RecvTimeoutError::Disconnected), "{mode:?} ends");
+        assert_eq!(serves(&host, mode, 2), mode != Mode::Userspace, "only relays take all away");
+    }
 }
 
 #[test]

@@ -2,11 +2,13 @@
 //!
 //! The mode that was asked for comes first. Where the machine can't do it the next one is taken,
 //! and that is said loudly: a node whose Services answer in another way is worth more than one
-//! whose Services don't answer. Rules of other modes, and of kube-proxy, are removed once the new
-//! ones are in force, so that no packet finds neither.
+//! whose Services don't answer. What is only in the way for a moment (somebody holds iptables' lock,
+//! the kernel has no room) is no reason for that: it is waited for. Rules of other modes, and of
+//! kube-proxy, are removed once the new ones are in force, so that no packet finds neither.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use keelson_api::backoff::Backoff;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -17,7 +19,13 @@ use crate::{
     kernel,
     metrics::Metrics,
     model::Family,
-    nftables::{apply::Table, batch::Batch, monitor::Writing, rules::Layout, socket::NftSocket},
+    nftables::{
+        apply::Table,
+        batch::Batch,
+        monitor::Writing,
+        rules::Layout,
+        socket::{NftError, NftSocket},
+    },
     userspace::{self, Limits, RelayMetrics, Relays, Settings, UdpTimes},
 };
 
@@ -26,6 +34,52 @@ use crate::{
 pub(crate) const KERNEL_MIN: (u32, u32) = (5, 13);
 /// kube-proxy's own table in its nftables mode.
 const KUBE_PROXY_TABLE: &str = "kube-proxy";
+/// For how long the mode that was asked for is tried where something is in the way.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// The first and the longest wait between two tries.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+
+/// Why a mode or a family can't be used.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    /// The machine lacks something: to try again changes nothing.
+    #[error(transparent)]
+    Lacking(ProxyError),
+    /// Something is in the way: another try may go better.
+    #[error(transparent)]
+    Busy(ProxyError),
+}
+
+impl Unusable {
+    fn of_nftables(error: NftError) -> Self {
+        let busy = error.is_busy();
+        Self::new(busy, kernel(error))
+    }
+
+    fn of(error: &BackendError, named: impl FnOnce(String) -> ProxyError) -> Self {
+        Self::new(error.is_busy(), named(error.to_string()))
+    }
+
+    fn new(busy: bool, error: ProxyError) -> Self {
+        if busy { Self::Busy(error) } else { Self::Lacking(error) }
+    }
+
+    fn is_busy(&self) -> bool {
+        matches!(self, Self::Busy(_))
+    }
+
+    fn into_error(self) -> ProxyError {
+        match self {
+            Self::Lacking(error) | Self::Busy(error) => error,
+        }
+    }
+}
+
+impl From<ProxyError> for Unusable {
+    fn from(error: ProxyError) -> Self {
+        Self::Lacking(error)
+    }
+}
 
 /// The mode in force, with what it needs.
 pub(crate) struct Chosen {
@@ -38,6 +92,8 @@ pub(crate) struct Chosen {
     pub(crate) relays: Option<RelayMetrics>,
     /// What notices changes of rules by others, where the kernel doesn't tell.
     pub(crate) canaries: Vec<Canary>,
+    /// Families that are not served, and why.
+    unserved: Vec<(Family, Unusable)>,
 }
 
 impl std::fmt::Debug for Chosen {
@@ -53,14 +109,68 @@ impl Chosen {
     }
 }
 
-/// Opens the backends of the mode that was asked for, or of the next that works.
+/// Opens the backends of the mode that was asked for, or of the next that works. What is only in the
+/// way of the mode that was asked for, or of one of its families, is waited for first. `None` if
+/// `shutdown` comes before.
 ///
 /// # Errors
 /// When none works: why the one that was asked for doesn't.
+pub(crate) async fn choose_patiently(
+    config: &ProxyConfig,
+    shutdown: &CancellationToken,
+) -> Result<Option<Chosen>, ProxyError> {
+    let again = |wait: Duration| async move {
+        tokio::select! {
+            () = tokio::time::sleep(wait) => true,
+            () = shutdown.cancelled() => false,
+        }
+    };
+    match wait_while_busy(|| open(config.mode, config), PATIENCE, again).await {
+        Some(opened) => settle_on(config, opened).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Tries until nothing is in the way any more, or for so long: what the last try came to. `None` if
+/// `again`, which waits, says that it is all over.
+async fn wait_while_busy<W: Future<Output = bool>>(
+    mut open: impl FnMut() -> Result<Chosen, Unusable>,
+    patience: Duration,
+    again: impl Fn(Duration) -> W,
+) -> Option<Result<Chosen, Unusable>> {
+    let (begin, mut backoff) = (Instant::now(), Backoff::new(RETRY.0, RETRY.1));
+    let mut tries = 0;
+    loop {
+        let opened = open();
+        let busy = match &opened {
+            Ok(chosen) => chosen.unserved.iter().map(|(_, why)| why).find(|why| why.is_busy()),
+            Err(why) => Some(why).filter(|why| why.is_busy()),
+        };
+        let busy = busy.map(ToString::to_string);
+        tries += 1;
+        // A try may itself wait for long, and one is not enough.
+        let over = begin.elapsed() >= patience && tries > 1;
+        let Some(why) = busy.filter(|_| !over) else { return Some(opened) };
+        let wait = backoff.next_wait();
+        tracing::warn!(why, again_in = ?wait, "something is in the way of the proxy; trying again");
+        drop(opened);
+        if !again(wait).await {
+            return None;
+        }
+    }
+}
+
+/// Opens the backends of the mode that was asked for, or of the next that works, at once.
+#[cfg(test)]
 pub(crate) fn choose(config: &ProxyConfig) -> Result<Chosen, ProxyError> {
-    let mut first = None;
+    settle_on(config, open(config.mode, config))
+}
+
+/// Takes the mode that was asked for, as it was opened, or the next that works.
+fn settle_on(config: &ProxyConfig, asked: Result<Chosen, Unusable>) -> Result<Chosen, ProxyError> {
+    let (mut asked, mut first) = (Some(asked), None);
     for mode in order(config.mode) {
-        match open(mode, config) {
+        match asked.take().unwrap_or_else(|| open(mode, config)) {
             Ok(chosen) => {
                 if mode != config.mode {
                     tracing::error!(
@@ -72,15 +182,24 @@ pub(crate) fn choose(config: &ProxyConfig) -> Result<Chosen, ProxyError> {
                 if mode == Mode::Userspace {
                     tracing::warn!("userspace mode: {}", userspace::WARNING);
                 }
+                for (family, why) in &chosen.unserved {
+                    let (family, mode) = (family.as_str(), mode.as_str());
+                    match why {
+                        Unusable::Lacking(ProxyError::NoIpv6) => {
+                            tracing::warn!(family, mode, "this family is not served: {why}");
+                        }
+                        _ => tracing::error!(family, mode, "this family is not served: {why}"),
+                    }
+                }
                 return Ok(chosen);
             }
-            Err(error) => {
-                tracing::error!(%error, mode = mode.as_str(), "this mode doesn't work here");
-                first.get_or_insert(error);
+            Err(why) => {
+                tracing::error!(%why, mode = mode.as_str(), "this mode doesn't work here");
+                first.get_or_insert(why);
             }
         }
     }
-    Err(first.unwrap_or(ProxyError::Ended))
+    Err(first.map_or(ProxyError::Ended, Unusable::into_error))
 }
 
 /// The mode that was asked for, then packet filters, then relays.
@@ -93,33 +212,29 @@ fn order(asked: Mode) -> Vec<Mode> {
     order
 }
 
-fn open(mode: Mode, config: &ProxyConfig) -> Result<Chosen, ProxyError> {
+fn open(mode: Mode, config: &ProxyConfig) -> Result<Chosen, Unusable> {
     let mut chosen = Chosen {
         mode,
         backends: Vec::new(),
         ports: Vec::new(),
         canaries: Vec::new(),
+        unserved: Vec::new(),
         relays: None,
     };
     if mode == Mode::Userspace {
-        chosen.relays = Some(RelayMetrics::new()?);
+        chosen.relays = Some(RelayMetrics::new().map_err(ProxyError::from)?);
     }
     let primary = config.primary_family();
     for family in config.wanted_families() {
         let opened = if family == Family::V6 && !kernel_has_ipv6() {
-            Err(ProxyError::NoIpv6)
+            Err(ProxyError::NoIpv6.into())
         } else {
             open_family(config, family, &mut chosen)
         };
         match opened {
             Ok(backend) => chosen.backends.push(backend),
-            Err(error) if family == primary => return Err(error),
-            Err(error) => tracing::warn!(
-                %error,
-                family = family.as_str(),
-                mode = mode.as_str(),
-                "this family is not served"
-            ),
+            Err(why) if family == primary => return Err(why),
+            Err(why) => chosen.unserved.push((family, why)),
         }
     }
     Ok(chosen)
@@ -129,19 +244,20 @@ fn open_family(
     config: &ProxyConfig,
     family: Family,
     chosen: &mut Chosen,
-) -> Result<Box<dyn Backend>, ProxyError> {
+) -> Result<Box<dyn Backend>, Unusable> {
     match chosen.mode {
         Mode::Nftables => {
             check_kernel()?;
-            let mut table = Table::open(layout(config, family)).map_err(kernel)?;
-            table.probe().map_err(kernel)?;
+            let table = Table::open(layout(config, family));
+            let mut table = table.map_err(Unusable::of_nftables)?;
+            table.probe().map_err(Unusable::of_nftables)?;
             chosen.ports.push(table.writing());
             Ok(Box::new(table))
         }
         Mode::Iptables => {
-            let backend = |error: BackendError| ProxyError::Iptables(error.to_string());
-            let mut rules = Rules::open(settings(config, family)).map_err(backend)?;
-            rules.probe().map_err(backend)?;
+            let failed = |error: BackendError| Unusable::of(&error, ProxyError::Iptables);
+            let mut rules = Rules::open(settings(config, family)).map_err(failed)?;
+            rules.probe().map_err(failed)?;
             chosen.canaries.push(rules.canary());
             Ok(Box::new(rules))
         }
@@ -160,7 +276,8 @@ fn open_family(
                 },
                 ..usual
             };
-            Ok(Box::new(Relays::open(settings).map_err(relays)?))
+            let failed = |error: BackendError| Unusable::of(&error, ProxyError::Relays);
+            Ok(Box::new(Relays::open(settings).map_err(failed)?))
         }
     }
 }
@@ -199,48 +316,44 @@ pub(crate) fn settings(config: &ProxyConfig, family: Family) -> iptables::Settin
     }
 }
 
-/// Removes what other modes and kube-proxy left, in the network namespace of the calling thread.
-/// What can't be removed is logged. After `stop` no more is begun.
+/// Removes what other modes and kube-proxy left of a family, in the network namespace of the calling
+/// thread. What can't be removed is logged. After `stop` no more is begun.
 pub(crate) fn remove_others(
     mode: Mode,
+    family: Family,
     metrics: Option<&Metrics>,
     stop: &CancellationToken,
 ) -> Result<(), ProxyError> {
     let mut result = Ok(());
-    for family in [Family::V4, Family::V6] {
-        if family == Family::V6 && !kernel_has_ipv6() {
-            continue;
+    let mut failed = |error: ProxyError| {
+        tracing::warn!(%error, family = family.as_str(), "rules of other modes stay");
+        if let Some(metrics) = metrics {
+            metrics.cleanup_failed(family);
         }
-        let mut failed = |error: ProxyError| {
-            tracing::warn!(%error, family = family.as_str(), "rules of other modes stay");
-            if let Some(metrics) = metrics {
-                metrics.cleanup_failed(family);
-            }
-            result = Err(error);
-        };
-        if !stop.is_cancelled()
-            && let Err(error) = remove_kube_proxy_table(family)
-        {
-            failed(error);
-        }
-        if mode != Mode::Nftables
-            && !stop.is_cancelled()
-            && let Err(error) = remove_table(family)
-        {
-            failed(error);
-        }
-        if mode != Mode::Userspace
-            && !stop.is_cancelled()
-            && let Err(error) = userspace::remove_leftovers(family).map_err(relays)
-        {
-            failed(error);
-        }
-        if mode != Mode::Iptables
-            && !stop.is_cancelled()
-            && let Err(error) = iptables::cleanup(family)
-        {
-            failed(ProxyError::Iptables(error.to_string()));
-        }
+        result = Err(error);
+    };
+    if !stop.is_cancelled()
+        && let Err(error) = remove_kube_proxy_table(family)
+    {
+        failed(error);
+    }
+    if mode != Mode::Nftables
+        && !stop.is_cancelled()
+        && let Err(error) = remove_table(family)
+    {
+        failed(error);
+    }
+    if mode != Mode::Userspace
+        && !stop.is_cancelled()
+        && let Err(error) = userspace::remove_leftovers(family).map_err(relays)
+    {
+        failed(error);
+    }
+    if mode != Mode::Iptables
+        && !stop.is_cancelled()
+        && let Err(error) = iptables::cleanup(family)
+    {
+        failed(ProxyError::Iptables(error.to_string()));
     }
     result
 }
@@ -256,8 +369,9 @@ pub(crate) fn remove_all() -> Result<(), ProxyError> {
             continue;
         }
         result = result.and(remove_table(family));
+        result = result.and(remove_others(Mode::Nftables, family, None, &CancellationToken::new()));
     }
-    result.and(remove_others(Mode::Nftables, None, &CancellationToken::new()))
+    result
 }
 
 fn remove_table(family: Family) -> Result<(), ProxyError> {
@@ -330,6 +444,70 @@ mod tests {
         assert_eq!(order(Nftables), [Nftables, Iptables, Userspace]);
         assert_eq!(order(Iptables), [Iptables, Nftables, Userspace]);
         assert_eq!(order(Userspace), [Userspace]);
+    }
+
+    fn chosen(unserved: Vec<(Family, Unusable)>) -> Chosen {
+        Chosen {
+            mode: Mode::Iptables,
+            backends: Vec::new(),
+            ports: Vec::new(),
+            relays: None,
+            canaries: Vec::new(),
+            unserved,
+        }
+    }
+
+    fn busy() -> Unusable {
+        let (program, message) = ("iptables-restore".to_owned(), "the lock is held".to_owned());
+        Unusable::of(&BackendError::Busy { program, message }, ProxyError::Iptables)
+    }
+
+    fn lacking() -> Unusable {
+        let (program, message) = ("iptables".to_owned(), "is not installed".to_owned());
+        Unusable::of(&BackendError::Program { program, message }, ProxyError::Iptables)
+    }
+
+    /// How often was tried, with what the tries come to; the last of them is repeated.
+    async fn tries(patience: Duration, mut results: Vec<Result<Chosen, Unusable>>) -> usize {
+        results.reverse();
+        let mut tries = 0;
+        let open = || {
+            tries += 1;
+            if results.len() > 1 { results.pop().unwrap() } else { Err(busy()) }
+        };
+        let over = wait_while_busy(open, patience, |wait| async move {
+            assert!(wait <= RETRY.1.mul_f64(1.5));
+            true
+        });
+        assert!(over.await.is_some());
+        tries
+    }
+
+    #[tokio::test]
+    async fn what_is_in_the_way_is_waited_for_and_what_is_lacking_is_not() {
+        let well = || Ok(chosen(Vec::new()));
+        let half = |why| Ok(chosen(vec![(Family::V6, why)]));
+        let long = Duration::from_secs(60);
+        assert_eq!(tries(long, vec![well(), well()]).await, 1);
+        assert_eq!(tries(long, vec![Err(lacking()), well()]).await, 1);
+        assert_eq!(tries(long, vec![half(lacking()), well()]).await, 1, "IPv6 that isn't there");
+        assert_eq!(tries(long, vec![Err(busy()), Err(busy()), well(), well()]).await, 3);
+        assert_eq!(tries(long, vec![half(busy()), half(busy()), well(), well()]).await, 3);
+        assert_eq!(tries(Duration::ZERO, vec![Err(busy())]).await, 2, "it has an end");
+    }
+
+    #[test]
+    fn not_now_is_told_from_never_by_type() {
+        let of = |errno| {
+            let source = std::io::Error::from_raw_os_error(errno);
+            Unusable::of_nftables(NftError::Socket { doing: "try", source })
+        };
+        for errno in [libc::EBUSY, libc::EINTR, libc::ENOBUFS, libc::EAGAIN, libc::ENOMEM] {
+            assert!(matches!(of(errno), Unusable::Busy(_)), "{errno}");
+        }
+        for errno in [libc::EPERM, libc::EOPNOTSUPP, libc::ENOENT, libc::EINVAL] {
+            assert!(matches!(of(errno), Unusable::Lacking(_)), "{errno}");
+        }
     }
 
     #[test]

@@ -9,100 +9,222 @@
 //! desired; [`table`] talks to the kernel. Removal comes after the commit, on a thread of its own:
 //! to walk the connection table takes milliseconds that no other change should wait for. The first
 //! commit is followed by a look at the whole table, since endpoints may have gone while no proxy
-//! was there to see it.
+//! was there to see it. So is a flood that is more than may wait, once there is room again; and what
+//! the kernel refuses is tried again.
 //!
 //! [`ConntrackConfig::remove_stale_tcp`]: crate::ConntrackConfig::remove_stale_tcp
 
 pub(crate) mod stale;
 mod table;
 
-use std::{io, thread::JoinHandle, time::Instant};
+use std::{
+    io,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
 
-use tokio::sync::mpsc;
+use keelson_api::backoff::Backoff;
 
 use crate::{backend::Stale, metrics::Metrics, model::Family};
 
 use stale::Expected;
 pub(crate) use table::ConntrackTable;
 
-/// How many batches may wait; with more, the oldest flows end when they pause.
-const QUEUE: usize = 1_024;
+/// How many stale connections may wait: a few megabytes. With more, everything is compared.
+const WAITING_MAX: usize = 65_536;
+/// The first and the longest wait before what the kernel refused is tried again.
+const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
 
 /// What there is to remove.
-#[derive(Debug)]
-enum Work {
+#[derive(Debug, Default)]
+struct Work {
     /// Connections that went these ways.
-    Forget(Vec<Stale>),
-    /// All that don't go where they should.
-    Compare(Box<Expected>),
+    stale: Vec<Stale>,
+    /// All that don't go where they should; each of other families.
+    expected: Vec<Expected>,
+}
+
+impl Work {
+    fn is_empty(&self) -> bool {
+        self.stale.is_empty() && self.expected.is_empty()
+    }
+
+    /// Adds what is to be compared; what is newer holds for its families.
+    fn compare(&mut self, expected: Expected) {
+        self.expected
+            .retain(|older| !older.families().all(|f| expected.families().any(|g| f == g)));
+        self.expected.push(expected);
+    }
+}
+
+/// What waits for the thread.
+#[derive(Debug, Default)]
+struct Backlog {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    work: Work,
+    /// The thread is at work.
+    busy: bool,
+    /// Nobody will hand on anything any more.
+    closed: bool,
+    /// There was no room for what has to be tried again.
+    missed: bool,
+}
+
+impl Backlog {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All that waits, once there is something; `None` when there never will be. Not before `pause`
+    /// is over.
+    fn take(&self, pause: Option<Duration>) -> Option<Work> {
+        let mut waiting = self.waiting();
+        waiting.busy = false;
+        if let Some(pause) = pause {
+            let wait = self.changed.wait_timeout_while(waiting, pause, |waiting| !waiting.closed);
+            (waiting, _) = wait.unwrap_or_else(PoisonError::into_inner);
+            if waiting.closed {
+                return None;
+            }
+        }
+        let idle = |waiting: &mut Waiting| waiting.work.is_empty() && !waiting.closed;
+        let wait = self.changed.wait_while(waiting, idle);
+        let mut waiting = wait.unwrap_or_else(PoisonError::into_inner);
+        waiting.busy = !waiting.work.is_empty();
+        waiting.busy.then(|| std::mem::take(&mut waiting.work))
+    }
+
+    /// Puts back what could not be done; what came meanwhile is newer.
+    fn put_back(&self, failed: Work) {
+        let mut waiting = self.waiting();
+        let newer = std::mem::take(&mut waiting.work.expected);
+        waiting.work.expected = failed.expected;
+        newer.into_iter().for_each(|expected| waiting.work.compare(expected));
+        waiting.work.stale.extend(failed.stale);
+        if waiting.work.stale.len() > WAITING_MAX {
+            waiting.work.stale = Vec::new();
+            waiting.missed = true;
+        }
+    }
+}
+
+/// The kernel's table, or what stands for it in a test.
+trait Table {
+    /// Removes connections that went these ways: how many.
+    fn forget(&mut self, stale: &[Stale]) -> io::Result<u64>;
+
+    /// Removes connections of a family that don't go where they should: how many.
+    fn compare(&mut self, family: Family, expected: &Expected) -> io::Result<u64>;
+}
+
+impl Table for ConntrackTable {
+    fn forget(&mut self, stale: &[Stale]) -> io::Result<u64> {
+        self.forget(stale)
+    }
+
+    fn compare(&mut self, family: Family, expected: &Expected) -> io::Result<u64> {
+        self.delete_where(family, |original, reply| expected.is_stale(original, reply))
+    }
 }
 
 /// Hands stale connections to the thread that removes them, and waits for its end.
 #[derive(Debug)]
 pub(crate) struct Cleaner {
-    queue: Option<mpsc::Sender<Work>>,
+    backlog: Arc<Backlog>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Cleaner {
-    /// Starts the thread, in the network namespace of the calling one. It ends when
-    /// this is dropped.
+    /// Starts the thread, in the network namespace of the calling one. It ends when this is dropped.
     ///
     /// # Errors
     /// When the kernel has no connection tracking to talk to.
     pub(crate) fn start(metrics: Metrics) -> io::Result<Self> {
-        let mut table = ConntrackTable::open()?;
-        let (queue, mut work) = mpsc::channel::<Work>(QUEUE);
-        let thread =
-            std::thread::Builder::new().name("proxy-conntrack".into()).spawn(move || {
-                while let Some(first) = work.blocking_recv() {
-                    let mut stale = Vec::new();
-                    let mut next = Some(first);
-                    while let Some(one) = next {
-                        match one {
-                            Work::Forget(more) => stale.extend(more),
-                            Work::Compare(expected) => compare(&mut table, &expected, &metrics),
-                        }
-                        next = work.try_recv().ok();
-                    }
-                    forget(&mut table, &stale, &metrics);
-                }
-            })?;
-        Ok(Self { queue: Some(queue), thread: Some(thread) })
+        Self::start_with(ConntrackTable::open()?, metrics)
     }
 
-    /// Has these connections forgotten soon.
-    pub(crate) fn forget(&self, stale: Vec<Stale>) {
-        if !stale.is_empty() {
-            self.hand(Work::Forget(stale));
+    fn start_with(mut table: impl Table + Send + 'static, metrics: Metrics) -> io::Result<Self> {
+        let backlog = Arc::new(Backlog::default());
+        let handed_on = Arc::clone(&backlog);
+        let thread = std::thread::Builder::new()
+            .name("proxy-conntrack".into())
+            .spawn(move || run(&handed_on, &mut table, &metrics))?;
+        Ok(Self { backlog, thread: Some(thread) })
+    }
+
+    /// Has these connections forgotten soon. False if too many wait: then none of those that wait
+    /// will be, unless everything is [compared](Self::compare).
+    pub(crate) fn forget(&self, stale: Vec<Stale>) -> bool {
+        if stale.is_empty() {
+            return true;
         }
+        let mut waiting = self.backlog.waiting();
+        let count = waiting.work.stale.len() + stale.len();
+        if std::mem::take(&mut waiting.missed) || count > WAITING_MAX {
+            waiting.work.stale = Vec::new();
+            return false;
+        }
+        waiting.work.stale.extend(stale);
+        self.backlog.changed.notify_all();
+        true
     }
 
     /// Has everything forgotten that doesn't go where it should.
     pub(crate) fn compare(&self, expected: Expected) {
-        self.hand(Work::Compare(Box::new(expected)));
+        self.backlog.waiting().work.compare(expected);
+        self.backlog.changed.notify_all();
     }
 
-    fn hand(&self, work: Work) {
-        if self.queue.as_ref().is_some_and(|queue| queue.try_send(work).is_err()) {
-            tracing::warn!("stale connections stay: too many wait to be removed");
-        }
+    /// Whether there is nothing left to do.
+    pub(crate) fn is_idle(&self) -> bool {
+        let waiting = self.backlog.waiting();
+        waiting.work.is_empty() && !waiting.busy
     }
 }
 
 impl Drop for Cleaner {
     fn drop(&mut self) {
-        self.queue = None;
+        self.backlog.waiting().closed = true;
+        self.backlog.changed.notify_all();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the thread that removes stale connections panicked");
         }
     }
 }
 
-fn forget(table: &mut ConntrackTable, stale: &[Stale], metrics: &Metrics) {
-    for family in [Family::V4, Family::V6] {
-        let own: Vec<Stale> =
-            stale.iter().filter(|s| s.frontend.family == family).cloned().collect();
+fn run(backlog: &Backlog, table: &mut impl Table, metrics: &Metrics) {
+    let mut backoff = Backoff::new(RETRY.0, RETRY.1);
+    let mut pause = None;
+    while let Some(work) = backlog.take(pause) {
+        let mut failed = Work::default();
+        for expected in work.expected {
+            if !compare(table, &expected, metrics) {
+                failed.expected.push(expected);
+            }
+        }
+        failed.stale = forget(table, work.stale, metrics);
+        pause = if failed.is_empty() {
+            backoff.reset();
+            None
+        } else {
+            backlog.put_back(failed);
+            Some(backoff.next_wait())
+        };
+    }
+}
+
+/// Removes these; which could not be.
+fn forget(table: &mut impl Table, stale: Vec<Stale>, metrics: &Metrics) -> Vec<Stale> {
+    let (v4, v6): (Vec<Stale>, Vec<Stale>) =
+        stale.into_iter().partition(|stale| stale.frontend.family == Family::V4);
+    let mut failed = Vec::new();
+    for (family, own) in [(Family::V4, v4), (Family::V6, v6)] {
         if own.is_empty() {
             continue;
         }
@@ -110,32 +232,156 @@ fn forget(table: &mut ConntrackTable, stale: &[Stale], metrics: &Metrics) {
         match table.forget(&own) {
             Ok(deleted) => metrics.conntrack_cleaned(family, deleted, begin.elapsed()),
             Err(error) => {
-                tracing::warn!(%error, count = own.len(), "stale connections not removed");
+                tracing::warn!(
+                    %error, count = own.len(), family = family.as_str(),
+                    "stale connections not removed; trying again"
+                );
+                failed.extend(own);
             }
         }
     }
+    failed
 }
 
-fn compare(table: &mut ConntrackTable, expected: &Expected, metrics: &Metrics) {
+/// Compares the whole table; whether that went well.
+fn compare(table: &mut impl Table, expected: &Expected, metrics: &Metrics) -> bool {
+    let mut well = true;
     for family in expected.families() {
         let begin = Instant::now();
-        let wanted = |original: &_, reply: &_| expected.is_stale(original, reply);
-        match table.delete_where(family, wanted) {
+        match table.compare(family, expected) {
             Ok(deleted) => {
                 metrics.conntrack_cleaned(family, deleted, begin.elapsed());
                 if deleted > 0 {
                     tracing::info!(
                         deleted,
                         family = family.as_str(),
-                        "connections removed whose endpoints went while there was no proxy"
+                        "connections removed that don't go where they should"
                     );
                 }
             }
-            Err(error) => tracing::warn!(
-                %error,
-                family = family.as_str(),
-                "the connection table was not compared with the endpoints"
-            ),
+            Err(error) => {
+                tracing::warn!(
+                    %error,
+                    family = family.as_str(),
+                    "the connection table was not compared with the endpoints; trying again"
+                );
+                well = false;
+            }
         }
+    }
+    well
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use prometheus::Registry;
+
+    use super::*;
+    use crate::{
+        model::{Protocol, table::ServiceTable},
+        ruleset::{Frontend, Lane, desired::Desired},
+    };
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    #[derive(Debug, PartialEq)]
+    enum Did {
+        Forgot(usize),
+        Compared(Family),
+    }
+
+    /// Does as it is told, one thing after another, and fails when told so.
+    struct Told {
+        did: mpsc::Sender<Did>,
+        go: mpsc::Receiver<bool>,
+    }
+
+    impl Told {
+        fn answer(&self, did: Did) -> io::Result<u64> {
+            let _ = self.did.send(did);
+            match self.go.recv_timeout(PATIENCE) {
+                Ok(true) => Ok(1),
+                _ => Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
+            }
+        }
+    }
+
+    impl Table for Told {
+        fn forget(&mut self, stale: &[Stale]) -> io::Result<u64> {
+            self.answer(Did::Forgot(stale.len()))
+        }
+
+        fn compare(&mut self, family: Family, _: &Expected) -> io::Result<u64> {
+            self.answer(Did::Compared(family))
+        }
+    }
+
+    fn start() -> (Cleaner, mpsc::Receiver<Did>, mpsc::Sender<bool>) {
+        let ((did, log), (go, told)) = (mpsc::channel(), mpsc::channel());
+        let metrics = Metrics::register(&Registry::new()).unwrap();
+        (Cleaner::start_with(Told { did, go: told }, metrics).unwrap(), log, go)
+    }
+
+    fn stale(count: usize) -> Vec<Stale> {
+        let frontend = Frontend {
+            family: Family::V4,
+            lane: Lane::Address,
+            address: Some([10, 96, 0, 1].into()),
+            protocol: Protocol::Udp,
+            port: 53,
+        };
+        vec![Stale { frontend, endpoint: None }; count]
+    }
+
+    fn everything(families: &[Family]) -> Expected {
+        Expected::of(&Desired::default(), &ServiceTable::default(), families, false)
+    }
+
+    fn until(what: &str, mut holds: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !holds() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    #[test]
+    fn more_than_may_wait_is_told_and_made_up_by_comparing() {
+        let (cleaner, log, go) = start();
+        assert!(cleaner.forget(stale(1)));
+        assert_eq!(log.recv_timeout(PATIENCE), Ok(Did::Forgot(1)));
+        // The thread is busy from here on; batches of any size count by what is in them.
+        assert!(cleaner.forget(stale(WAITING_MAX)));
+        assert!(!cleaner.forget(stale(1)), "there is no room");
+        assert!(!cleaner.is_idle());
+        cleaner.compare(everything(&[Family::V4]));
+        cleaner.compare(everything(&[Family::V6]));
+        cleaner.compare(everything(&[Family::V4]));
+        go.send(true).unwrap();
+        // Each once, and nothing of what had no room by itself.
+        for family in [Family::V6, Family::V4] {
+            assert_eq!(log.recv_timeout(PATIENCE), Ok(Did::Compared(family)));
+            go.send(true).unwrap();
+        }
+        until("all is done", || cleaner.is_idle());
+        assert_eq!(log.try_recv(), Err(mpsc::TryRecvError::Empty));
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_is_tried_again() {
+        let (cleaner, log, go) = start();
+        cleaner.forget(stale(3));
+        assert_eq!(log.recv_timeout(PATIENCE), Ok(Did::Forgot(3)));
+        cleaner.compare(everything(&[Family::V4]));
+        go.send(false).unwrap();
+        assert_eq!(log.recv_timeout(PATIENCE), Ok(Did::Compared(Family::V4)));
+        go.send(false).unwrap();
+        assert_eq!(log.recv_timeout(PATIENCE), Ok(Did::Forgot(3)));
+        go.send(true).unwrap();
+        assert_eq!(log.recv_timeout(PATIENCE), Ok(Did::Compared(Family::V4)));
+        go.send(true).unwrap();
+        until("all is done", || cleaner.is_idle());
     }
 }

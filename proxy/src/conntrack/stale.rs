@@ -17,6 +17,8 @@ use crate::{
 /// Remembers what frontends did at the last commit, until the next one.
 #[derive(Debug, Default)]
 pub(crate) struct Tracker {
+    /// Of which family, if not of all.
+    family: Option<Family>,
     /// Whether TCP counts.
     tcp: bool,
     before: HashMap<Frontend, Vec<Endpoint>>,
@@ -25,26 +27,27 @@ pub(crate) struct Tracker {
 }
 
 impl Tracker {
-    /// Counts TCP connections to endpoints that are gone among the stale ones too.
-    pub(crate) fn with_tcp(tcp: bool) -> Self {
-        Self { tcp, ..Self::default() }
+    /// Looks at one family only, and at TCP connections to endpoints that are gone if `tcp`.
+    pub(crate) fn of(family: Family, tcp: bool) -> Self {
+        Self { family: Some(family), tcp, ..Self::default() }
     }
 
-    fn counts(&self, protocol: Protocol) -> bool {
-        protocol != Protocol::Tcp || self.tcp
+    fn counts(&self, frontend: &Frontend) -> bool {
+        self.family.is_none_or(|family| family == frontend.family)
+            && (frontend.protocol != Protocol::Tcp || self.tcp)
     }
 
     /// Notes what frontends did before a change. Of several changes between two commits the first
     /// one tells.
     pub(crate) fn changed(&mut self, outcome: &Outcome) {
         for (frontend, action) in &outcome.before {
-            if self.counts(frontend.protocol) {
+            if self.counts(frontend) {
                 self.before.entry(*frontend).or_insert_with(|| endpoints(Some(action)).to_vec());
             }
         }
         for unit in &outcome.dirty {
             if let Unit::Frontend(frontend) = unit
-                && self.counts(frontend.protocol)
+                && self.counts(frontend)
             {
                 self.before.entry(*frontend).or_default();
             }
@@ -52,10 +55,25 @@ impl Tracker {
     }
 
     /// Which connections are stale now that everything desired is in force.
+    #[cfg(test)]
     pub(crate) fn settle(&mut self, desired: &Desired, objects: &ServiceTable) -> Vec<Stale> {
+        self.settle_except(desired, objects, &HashSet::new())
+    }
+
+    /// As [`Self::settle`], where some units were refused: these go on as before.
+    pub(crate) fn settle_except(
+        &mut self,
+        desired: &Desired,
+        objects: &ServiceTable,
+        refused: &HashSet<Unit>,
+    ) -> Vec<Stale> {
         let mut stale = Vec::new();
         let mut closing = Vec::new();
-        for (frontend, before) in self.before.drain() {
+        for (frontend, before) in std::mem::take(&mut self.before) {
+            if refused.contains(&Unit::Frontend(frontend)) {
+                self.before.insert(frontend, before);
+                continue;
+            }
             let now = endpoints(desired.action(&frontend));
             // Clients inside may still use an endpoint that those outside may not, and the kernel's
             // entries look alike.
@@ -274,7 +292,7 @@ mod tests {
     #[test]
     fn tcp_counts_when_asked_for_once_the_endpoint_is_gone_altogether() {
         let frontend = frontend(Protocol::Tcp, Lane::Address);
-        let (mut desired, mut tracker) = (Desired::default(), Tracker::with_tcp(true));
+        let (mut desired, mut tracker) = (Desired::default(), Tracker::of(Family::V4, true));
         let mut objects = ServiceTable::default();
         let slice = ObjectKey::new("d", "s-1");
         objects.set_slice(&slice, Some(slice_of(&[1, 2])));
@@ -286,6 +304,23 @@ mod tests {
         let stale = Stale { frontend, endpoint: Some(endpoint(1)) };
         assert_eq!(tracker.settle(&desired, &objects), [stale]);
         assert_eq!(tracker.settle(&desired, &objects), []);
+    }
+
+    #[test]
+    fn what_was_refused_goes_on_until_it_is_in_force() {
+        let frontend = frontend(Protocol::Udp, Lane::Address);
+        let (mut desired, mut tracker) = (Desired::default(), Tracker::of(Family::V4, false));
+        let objects = ServiceTable::default();
+        want(&mut desired, &mut tracker, vec![(frontend, forward(&[1]))]);
+        tracker.settle(&desired, &objects);
+        want(&mut desired, &mut tracker, vec![(frontend, forward(&[2]))]);
+        let refused = HashSet::from([Unit::Frontend(frontend)]);
+        assert_eq!(tracker.settle_except(&desired, &objects, &refused), []);
+        let stale = Stale { frontend, endpoint: Some(endpoint(1)) };
+        assert_eq!(tracker.settle(&desired, &objects), [stale]);
+        let mut other = Tracker::of(Family::V6, false);
+        want(&mut desired, &mut other, vec![(frontend, forward(&[3]))]);
+        assert_eq!(other.settle(&desired, &objects), [], "each family has its own");
     }
 
     #[test]

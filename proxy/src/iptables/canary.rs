@@ -16,7 +16,7 @@ use crate::backend::BackendError;
 const SHARE: u32 = 20;
 
 /// Looks after the rules of one family.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Canary {
     programs: Arc<Programs>,
     held: Arc<Mutex<Held>>,

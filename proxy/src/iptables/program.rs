@@ -26,6 +26,8 @@ const VERSION_MIN: (u32, u32, u32) = (1, 6, 2);
 const WAIT: &str = "5";
 /// The status with which iptables ends where a chain isn't there.
 const NO_SUCH_CHAIN: i32 = 1;
+/// The status with which iptables ends where others hold its lock, or the kernel has no room.
+const RESOURCE_PROBLEM: i32 = 4;
 /// Where programs are that a service's search path may lack.
 const SYSTEM_PATH: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
@@ -187,9 +189,12 @@ impl Programs {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
         let message = String::from_utf8_lossy(&output.stderr);
-        Err(BackendError::Program {
-            program: program.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            message: explain(&message, refused.as_deref(), &output.status.to_string()),
+        let message = explain(&message, refused.as_deref(), &output.status.to_string());
+        let program = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Err(match output.status.code() {
+            // Without a status it was ended by a signal.
+            Some(RESOURCE_PROBLEM) | None => BackendError::Busy { program, message },
+            Some(_) => BackendError::Program { program, message },
         })
     }
 
@@ -303,6 +308,17 @@ fn explain(message: &str, input: Option<&str>, status: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_that_others_hold_is_told_from_a_refusal() {
+        let programs = Programs::find(Family::V4, Variant::Host).unwrap();
+        let ends = |how: &str| {
+            let shell = Path::new("/bin/sh");
+            programs.run(shell, &["-c", how], None).unwrap_err()
+        };
+        assert!(ends("exit 4").is_busy() && ends("kill -9 $$").is_busy());
+        assert!(!ends("exit 1").is_busy() && !ends("exit 2").is_busy());
+    }
 
     #[test]
     fn versions_are_read() {

@@ -1,6 +1,6 @@
 //! What the loop tells: metrics, events and log lines.
 
-use std::{collections::HashMap, time::Instant};
+use std::{collections::HashMap, time::Duration};
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use keelson_api::{
@@ -9,15 +9,16 @@ use keelson_api::{
 };
 
 use crate::{
-    backend::Applied,
+    backend::{Applied, Goal},
     conntrack::Cleaner,
     health::Health,
+    health_check::HealthChecks,
     metrics::Metrics,
     model::{
         Family, Problem,
         table::{ServiceTable, WithoutLocal},
     },
-    ruleset::{Unit, desired::Desired},
+    ruleset::Unit,
 };
 
 /// All that the loop reports to.
@@ -28,13 +29,35 @@ pub(crate) struct Reports {
     pub(crate) conntrack: Option<Cleaner>,
 }
 
-/// Service ports whose policy is Local and that have endpoints, but none on this node.
-#[derive(Debug, Default)]
-pub(super) struct LocalEndpoints(HashMap<ObjectKey, Vec<WithoutLocal>>);
+/// What is told of all Services after each commit, whatever came of it.
+#[derive(Default)]
+pub(super) struct Telling {
+    /// Where a policy finds no endpoint on this node.
+    local: LocalEndpoints,
+    /// Health-check node ports.
+    pub(super) health_checks: HealthChecks,
+}
 
-impl LocalEndpoints {
+impl Telling {
     /// Looks at a Service again.
     pub(super) fn note(&mut self, key: &ObjectKey, objects: &ServiceTable, families: &[Family]) {
+        self.local.note(key, objects, families);
+        self.health_checks.note(key, objects);
+    }
+
+    /// Tells.
+    pub(super) fn tell(&mut self, metrics: &Metrics, families: &[Family]) {
+        self.local.tell(metrics, families);
+        self.health_checks.publish();
+    }
+}
+
+/// Service ports whose policy is Local and that have endpoints, but none on this node.
+#[derive(Debug, Default)]
+struct LocalEndpoints(HashMap<ObjectKey, Vec<WithoutLocal>>);
+
+impl LocalEndpoints {
+    fn note(&mut self, key: &ObjectKey, objects: &ServiceTable, families: &[Family]) {
         let without = objects.without_local_endpoints(key, families);
         if without.is_empty() {
             self.0.remove(key);
@@ -43,8 +66,7 @@ impl LocalEndpoints {
         }
     }
 
-    /// Sets the gauges.
-    pub(super) fn tell(&self, metrics: &Metrics, families: &[Family]) {
+    fn tell(&self, metrics: &Metrics, families: &[Family]) {
         for family in families {
             let mut counts = (0, 0);
             for one in self.0.values().flatten().filter(|one| one.family == *family) {
@@ -85,10 +107,9 @@ pub(super) fn written(
     reports: &Reports,
     family: Family,
     full: bool,
-    begin: Instant,
+    took: Duration,
     applied: &Applied,
 ) {
-    let took = begin.elapsed();
     reports.metrics.synced(family, full, took);
     if let Some(why) = &applied.rebuilt {
         tracing::info!(
@@ -116,17 +137,12 @@ pub(super) fn written(
 }
 
 /// Tells of what the kernel refused.
-pub(super) fn refused(
-    reports: &Reports,
-    objects: &ServiceTable,
-    desired: &Desired,
-    applied: &Applied,
-) {
+pub(super) fn refused(reports: &Reports, goal: Goal<'_>, applied: &Applied) {
     for (unit, error) in &applied.refused {
         reports.metrics.failed(unit.family(), false);
         match unit {
             Unit::Frontend(frontend) => {
-                let Some(owner) = desired.owner(frontend) else {
+                let Some(owner) = goal.desired.owner(frontend) else {
                     tracing::error!(%frontend, %error, "the kernel keeps a rule that should go");
                     continue;
                 };
@@ -136,7 +152,7 @@ pub(super) fn refused(
                     format!("{frontend} is not served: {error}")
                 };
                 let problem = Problem::new("FailedToUpdateRules", message);
-                report(&reports.events, objects, owner, &[problem]);
+                report(&reports.events, goal.objects, owner, &[problem]);
             }
             Unit::Address(_, address) => {
                 tracing::error!(%address, %error, "the kernel refused an address");
