@@ -35,6 +35,14 @@ pub enum YamlError {
     /// Not UTF-8.
     #[error("not text in UTF-8: the first bad byte is at offset {0}")]
     NotText(usize),
+    /// A key stands twice.
+    #[error("line {line}: key {key:?} stands here for a second time")]
+    Repeated {
+        /// Where it stands again, counted from 1.
+        line: usize,
+        /// The key.
+        key: String,
+    },
     /// Not YAML.
     #[error("line {line}: {reason}")]
     Syntax {
@@ -50,6 +58,14 @@ pub enum YamlError {
 /// # Errors
 /// When the text is not valid, holds a key twice or is larger than `limits` allow.
 pub fn documents(text: &[u8], limits: Limits) -> Result<Vec<Value>, YamlError> {
+    read(text, limits, serde_saphyr::DuplicateKeyPolicy::Error)
+}
+
+fn read(
+    text: &[u8],
+    limits: Limits,
+    duplicates: serde_saphyr::DuplicateKeyPolicy,
+) -> Result<Vec<Value>, YamlError> {
     if text.len() > limits.bytes {
         return Err(YamlError::TooLarge(format!(
             "{} bytes are more than the {} that are read",
@@ -58,8 +74,9 @@ pub fn documents(text: &[u8], limits: Limits) -> Result<Vec<Value>, YamlError> {
         )));
     }
     let text = std::str::from_utf8(text).map_err(|e| YamlError::NotText(e.valid_up_to()))?;
-    let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options(limits))
-        .map_err(|error| syntax(&error))?;
+    let documents: Vec<Value> =
+        serde_saphyr::from_multiple_with_options(text, options(limits, duplicates))
+            .map_err(|error| syntax(&error))?;
     Ok(documents.into_iter().filter(|document| !document.is_null()).collect())
 }
 
@@ -68,7 +85,29 @@ pub fn documents(text: &[u8], limits: Limits) -> Result<Vec<Value>, YamlError> {
 /// # Errors
 /// As [`documents`], and when there is none or more than one.
 pub fn document(text: &[u8], limits: Limits) -> Result<Value, YamlError> {
-    let mut all = documents(text, limits)?;
+    one(documents(text, limits)?)
+}
+
+/// Reads exactly one document, in which a key may stand twice: the last one counts, and where the
+/// first repetition is comes with the document. So config files of old releases are read.
+///
+/// # Errors
+/// As [`document`], but for repeated keys.
+pub fn lenient_document(
+    text: &[u8],
+    limits: Limits,
+) -> Result<(Value, Option<YamlError>), YamlError> {
+    match document(text, limits) {
+        Ok(document) => Ok((document, None)),
+        Err(error @ YamlError::Repeated { .. }) => {
+            let documents = read(text, limits, serde_saphyr::DuplicateKeyPolicy::LastWins)?;
+            Ok((one(documents)?, Some(error)))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn one(mut all: Vec<Value>) -> Result<Value, YamlError> {
     match (all.pop(), all.len()) {
         (Some(one), 0) => Ok(one),
         (None, _) => Err(YamlError::Syntax { line: 1, reason: "nothing in it".to_owned() }),
@@ -79,7 +118,16 @@ pub fn document(text: &[u8], limits: Limits) -> Result<Value, YamlError> {
     }
 }
 
-fn options(limits: Limits) -> serde_saphyr::Options {
+/// A value as one document.
+///
+/// # Errors
+/// Never with values that came from JSON.
+pub fn text(value: &Value) -> Result<String, YamlError> {
+    serde_saphyr::to_string(value)
+        .map_err(|error| YamlError::Syntax { line: 1, reason: error.to_string() })
+}
+
+fn options(limits: Limits, duplicates: serde_saphyr::DuplicateKeyPolicy) -> serde_saphyr::Options {
     serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_depth: limits.depth,
@@ -88,7 +136,7 @@ fn options(limits: Limits) -> serde_saphyr::Options {
             max_documents: limits.documents,
             max_total_scalar_bytes: limits.bytes.saturating_mul(4),
         },
-        duplicate_keys: serde_saphyr::DuplicateKeyPolicy::Error,
+        duplicate_keys: duplicates,
         legacy_octal_numbers: true,
     }
 }
@@ -96,9 +144,7 @@ fn options(limits: Limits) -> serde_saphyr::Options {
 fn syntax(error: &serde_saphyr::Error) -> YamlError {
     let line = error.location().map_or(1, |location| location.line() as usize);
     if let serde_saphyr::Error::DuplicateMappingKey { key, .. } = error.without_snippet() {
-        let key = key.as_deref().unwrap_or_default();
-        let reason = format!("key {key:?} stands here for a second time");
-        return YamlError::Syntax { line, reason };
+        return YamlError::Repeated { line, key: key.clone().unwrap_or_default() };
     }
     // The library's text repeats the place and a snippet over several lines; one line is enough.
     let text = error.without_snippet().to_string();
@@ -140,6 +186,26 @@ mod tests {
         assert!(matches!(error, YamlError::Syntax { line: 2..=3, .. }), "{error}");
         let error = document(b"a: 1\nb: 2\na: 3\n", Limits::default()).unwrap_err();
         assert_eq!(error.to_string(), "line 3: key \"a\" stands here for a second time");
+    }
+
+    #[test]
+    fn a_lenient_document_may_repeat_a_key_and_nothing_else() {
+        let (found, repeated) = lenient_document(b"a: 1\nb: 2\na: 3\n", Limits::default()).unwrap();
+        assert_eq!(found, json!({"a": 3, "b": 2}));
+        assert_eq!(
+            repeated.unwrap().to_string(),
+            "line 3: key \"a\" stands here for a second time"
+        );
+        assert_eq!(lenient_document(b"a: 1\n", Limits::default()).unwrap().1, None);
+        assert!(lenient_document(b"a: [\n", Limits::default()).is_err());
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let value = json!({"a": "yes", "b": "", "c": ["0.0.0.0/0", "::/0"], "d": {"e": "24h0m0s",
+            "f": false, "g": 14, "h": {}, "i": []}, "j": "[::]:10249", "k": "0x10"});
+        let text = text(&value).unwrap();
+        assert_eq!(document(text.as_bytes(), Limits::default()).unwrap(), value, "{text}");
     }
 
     #[test]

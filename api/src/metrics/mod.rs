@@ -2,6 +2,14 @@
 //!
 //! Each part registers what it measures in a registry that it is handed; whoever serves
 //! `/metrics` prints that registry with [`encode`].
+//!
+//! * [`component`]: what every component of Kubernetes tells of itself.
+//! * [`process`]: what the kernel counts of the process.
+//! * [`rest_client`]: requests to the API server.
+
+pub mod component;
+pub mod process;
+pub mod rest_client;
 
 use prometheus::{Encoder, Registry, TextEncoder};
 
