@@ -57,6 +57,8 @@ pub struct Snapshot {
     pub(crate) families: Vec<Family>,
     pub(crate) objects: ServiceTable,
     pub(crate) desired: Desired,
+    /// Addresses of the node's interfaces, where it is this machine.
+    pub(crate) local_addresses: Vec<IpAddr>,
 }
 
 impl Snapshot {
@@ -115,7 +117,14 @@ impl Snapshot {
             });
             refuse("Service", &key, conflicts.collect());
         }
-        (Self { config, families, objects, desired }, refusals)
+        (Self { config, families, objects, desired, local_addresses: Vec::new() }, refusals)
+    }
+
+    /// With the addresses of the node's interfaces, which its object need not name.
+    #[must_use]
+    pub fn with_local_addresses(mut self, addresses: Vec<IpAddr>) -> Self {
+        self.local_addresses = addresses;
+        self
     }
 
     /// The node's addresses, as configured or as its object has them.

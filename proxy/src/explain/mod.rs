@@ -5,21 +5,20 @@
 //! eligible and why the others are not. [`check`] holds the answer against the kernel.
 
 mod check;
+mod rules;
 mod text;
 mod why;
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use keelson_api::object::ObjectKey;
 use serde::Serialize;
 
 use crate::{
     Protocol,
     config::{DetectLocal, Mode, NodePortAddresses},
-    iptables::chain::{Kind, OwnChain, PortName},
-    model::{Family, objects::TrafficPolicy, table::PortPlan},
-    nftables::layout::{self, PickChain},
+    model::{Endpoint, Family, objects::TrafficPolicy, table::PortPlan},
+    nftables::layout,
     ruleset::{Action, AddressSet, Frontend, Lane, Masquerade},
     snapshot::Snapshot,
 };
@@ -130,18 +129,29 @@ impl Snapshot {
             answer.reason = "client and address are of different families".into();
         } else if !self.families.contains(&family) {
             answer.reason = format!("{} is not served", family.as_str());
+        } else if self.config.mode == Mode::Userspace && packet.protocol == Protocol::Sctp {
+            answer.reason = "SCTP is not relayed in the userspace mode".into();
         } else if let Some((frontend, action)) = self.find(packet, origin) {
             self.describe(packet, frontend, action, &mut answer);
         } else if self.desired.has_address(AddressSet::ClusterAddresses, packet.to) {
-            answer.verdict = Verdict::Rejected;
-            answer.reason = "the address is a Service's, but none has this port".into();
-            if self.config.mode == Mode::Nftables {
-                answer.rules.push(format!("set {}: {}", layout::CLUSTER_IPS, packet.to));
-            }
+            self.unused_port(packet, &mut answer);
         } else {
             answer.reason = "no Service has this address and port".into();
         }
         answer
+    }
+
+    fn unused_port(&self, packet: &Packet, answer: &mut Explanation) {
+        let (verdict, then) = match self.config.mode {
+            Mode::Nftables => (Verdict::Rejected, ""),
+            Mode::Iptables => (Verdict::NotServices, "; the iptables mode leaves it to routing"),
+            Mode::Userspace => (Verdict::Rejected, "; the kernel itself refuses it"),
+        };
+        answer.verdict = verdict;
+        answer.reason = format!("the address is a Service's, but none has this port{then}");
+        if self.config.mode == Mode::Nftables {
+            answer.rules.push(format!("set {}: {}", layout::CLUSTER_IPS, packet.to));
+        }
     }
 
     fn origin(&self, packet: &Packet) -> Origin {
@@ -151,7 +161,7 @@ impl Snapshot {
             DetectLocal::Nothing | DetectLocal::NodeCidr => false,
         };
         let from = packet.from;
-        if from.is_loopback() || self.config.node_ips.contains(&from) {
+        if from.is_loopback() || self.is_the_nodes(from) {
             Origin::Node
         } else if pod {
             Origin::Pod
@@ -189,11 +199,17 @@ impl Snapshot {
             NodePortAddresses::Primary => node,
             NodePortAddresses::Ranges(ranges) => {
                 let loopback = address.is_loopback();
-                // Other addresses of the node than those of its object are known to the node only.
-                (node || loopback && self.serves_loopback(address))
+                let local = node || self.is_the_nodes(address);
+                (local && !loopback || loopback && self.serves_loopback(address))
                     && ranges.iter().any(|range| range.contains(&address))
             }
         }
+    }
+
+    /// Whether it is an address of the node: of its object, or of one of its interfaces if those are
+    /// known, which they are to the node only.
+    fn is_the_nodes(&self, address: IpAddr) -> bool {
+        self.config.node_ips.contains(&address) || self.local_addresses.contains(&address)
     }
 
     fn serves_loopback(&self, address: IpAddr) -> bool {
@@ -226,7 +242,10 @@ impl Snapshot {
         answer.endpoints =
             why::candidates(plan, self.objects.slices_of(owner), policy == TrafficPolicy::Local);
         self.judge(packet, action, policy, answer);
-        answer.rules = self.passes(&frontend, action, owner, plan);
+        let filters = self.config.mode != Mode::Userspace;
+        let admitted =
+            answer.verdict != Verdict::Dropped || filters && matches!(action, Action::Drop);
+        answer.rules = self.passes(&frontend, action, owner, plan, admitted);
     }
 
     fn judge(
@@ -240,6 +259,9 @@ impl Snapshot {
             Action::Forward { sources: Some(sources), .. } if !admits(sources, packet.from) => {
                 answer.verdict = Verdict::Dropped;
                 answer.reason = format!("{} is in none of loadBalancerSourceRanges", packet.from);
+                if self.config.mode == Mode::Userspace && packet.protocol == Protocol::Tcp {
+                    answer.reason.push_str("; a relay closes the connection at once");
+                }
                 for endpoint in &mut answer.endpoints {
                     endpoint.refuse("the client is not in loadBalancerSourceRanges");
                 }
@@ -254,17 +276,56 @@ impl Snapshot {
                     }
                 };
                 answer.affinity_seconds = affinity.map(|affinity| affinity.as_secs());
-                answer.masquerade = Some(self.masquerade(*masquerade, answer.origin));
+                let masquerade = self.masquerade(*masquerade, answer.origin);
+                answer.masquerade = Some(self.with_endpoints(masquerade, endpoints, packet));
             }
             Action::Drop => {
                 answer.verdict = Verdict::Dropped;
                 answer.reason =
                     "the traffic policy is Local, and no endpoint is on this node".into();
+                if self.config.mode == Mode::Userspace && !self.serves_others(answer) {
+                    // Where nobody listens the kernel itself answers.
+                    answer.verdict = Verdict::Rejected;
+                }
             }
             Action::Reject | Action::Nothing => {
                 answer.verdict = Verdict::Rejected;
                 answer.reason = "the Service has no endpoint that is ready".into();
             }
+        }
+    }
+
+    /// Whether clients inside are served at the same address and port, so that somebody listens.
+    fn serves_others(&self, answer: &Explanation) -> bool {
+        let inside = answer.frontend.and_then(|frontend| match frontend.lane {
+            Lane::Address => Some(Frontend { lane: Lane::AddressInside, ..frontend }),
+            Lane::NodePort => Some(Frontend { lane: Lane::NodePortInside, ..frontend }),
+            _ => None,
+        });
+        inside.is_some_and(|f| matches!(self.desired.action(&f), Some(Action::Forward { .. })))
+    }
+
+    /// What of an answer about masquerading depends on where the endpoints are.
+    fn with_endpoints(
+        &self,
+        masquerade: (bool, &'static str),
+        endpoints: &[Endpoint],
+        packet: &Packet,
+    ) -> (bool, &'static str) {
+        let own = endpoints.iter().filter(|endpoint| endpoint.address == packet.from).count();
+        let all = endpoints.len();
+        match masquerade {
+            (true, _)
+                if self.config.mode != Mode::Userspace
+                    && endpoints.iter().all(|e| self.is_the_nodes(e.address)) =>
+            {
+                (false, "the endpoint is the node itself, so the packet doesn't leave it")
+            }
+            (false, _) if own > 0 && own == all => (true, "the endpoint is its own client"),
+            (false, _) if own > 0 => {
+                (false, "unless it is its own client, which sees the node's address")
+            }
+            other => other,
         }
     }
 
@@ -288,97 +349,6 @@ impl Snapshot {
             },
         }
     }
-
-    /// The rules by their names in the mode's own terms.
-    fn passes(
-        &self,
-        frontend: &Frontend,
-        action: &Action,
-        owner: &ObjectKey,
-        plan: &PortPlan<'_>,
-    ) -> Vec<String> {
-        let key = match frontend.address {
-            Some(address) => format!("{address} . {} . {}", frontend.protocol, frontend.port),
-            None => format!("{} . {}", frontend.protocol, frontend.port),
-        };
-        match self.config.mode {
-            Mode::Nftables => nftables_rules(frontend, action, &key.to_lowercase()),
-            Mode::Iptables => iptables_rules(frontend, action, owner, plan),
-            Mode::Userspace => match action {
-                Action::Forward { .. } => vec![format!("listener at {key}")],
-                _ => vec!["no listener: the kernel itself rejects".into()],
-            },
-        }
-    }
-}
-
-fn nftables_rules(frontend: &Frontend, action: &Action, key: &str) -> Vec<String> {
-    let maps = layout::lane_maps(frontend.lane);
-    match action {
-        Action::Forward { endpoints, masquerade, affinity, sources } => {
-            let chain = PickChain {
-                lane: frontend.lane,
-                masquerade: *masquerade,
-                sticky: affinity.is_some(),
-                count: u32::try_from(endpoints.len()).unwrap_or(u32::MAX),
-            };
-            let mut rules = Vec::new();
-            if sources.is_some() {
-                rules.push(format!("map firewall: {key} → goto sources-…"));
-            }
-            rules.push(format!("map {}: {key} → goto {}", maps.verdicts, chain.name()));
-            if affinity.is_some() {
-                rules.push(format!("map {}: the endpoint of this client before", layout::AFFINITY));
-            }
-            rules.push(format!("map {}: {key} . random → endpoint", maps.endpoints));
-            rules
-        }
-        Action::Drop => vec![format!("map {}: {key} → drop", maps.verdicts)],
-        Action::Reject | Action::Nothing => maps
-            .rejects
-            .map(|map| format!("map {map}: {key} → goto {}", layout::REJECT))
-            .into_iter()
-            .collect(),
-    }
-}
-
-fn iptables_rules(
-    frontend: &Frontend,
-    action: &Action,
-    owner: &ObjectKey,
-    plan: &PortPlan<'_>,
-) -> Vec<String> {
-    let name = PortName {
-        namespace: &owner.namespace,
-        service: &owner.name,
-        port: &plan.port.name,
-        protocol: plan.port.protocol,
-    };
-    let chain = |kind| format!("nat: chain {}", OwnChain::of_port(kind, name));
-    let first = match frontend.address {
-        Some(_) => "KUBE-SERVICES",
-        None => "KUBE-NODEPORTS",
-    };
-    let Action::Forward { endpoints, sources, .. } = action else {
-        let first = if frontend.address == Some(plan.cluster_ip) {
-            "KUBE-SERVICES"
-        } else {
-            "KUBE-EXTERNAL-SERVICES"
-        };
-        return vec![format!("filter: chain {first}, the rule with \"{name}\"")];
-    };
-    let local = policy(frontend, plan) == TrafficPolicy::Local;
-    let mut rules = vec![format!("nat: chain {first}, the rule with \"{name}\"")];
-    if sources.is_some() {
-        rules.push(chain(Kind::Firewall));
-    }
-    if frontend.address != Some(plan.cluster_ip) {
-        rules.push(chain(Kind::External));
-    }
-    rules.push(chain(if local { Kind::Local } else { Kind::Cluster }));
-    let one = endpoints.iter().map(|e| OwnChain::of_endpoint(name, *e).to_string());
-    rules.push(format!("nat: one of {}", one.collect::<Vec<_>>().join(", ")));
-    rules
 }
 
 fn admits(sources: &[IpNet], client: IpAddr) -> bool {

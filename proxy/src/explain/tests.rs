@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{ProxyConfig, snapshot::Objects};
+use crate::{ProxyConfig, nftables::sources::SourcesId, snapshot::Objects};
 
 fn snapshot(config: ProxyConfig) -> Snapshot {
     let read = |value: Value| value;
@@ -139,6 +139,36 @@ fn each_endpoint_has_its_reason() {
     assert_eq!(answer.affinity_seconds, Some(10_800));
     assert_eq!(answer.reached_as, Some("load balancer address"));
     assert!(answer.rules.iter().any(|r| r.contains("sticky-external-local-1")), "{answer}");
+    let list = answer.rules[0].rsplit_once("goto ").unwrap().1;
+    assert!(SourcesId::parse(list).is_some(), "{answer}");
+    assert!(snapshot.rules().contains(list), "the list has that name in the kernel");
+    let stranger = snapshot.explain(&packet("192.0.2.200", "198.51.100.9", 80));
+    let drops = format!("chain {list}: drops who isn't in the set {list}");
+    assert_eq!(stranger.rules.last(), Some(&drops), "{stranger}");
+}
+
+#[test]
+fn what_a_mode_does_otherwise_is_told() {
+    use Verdict::{Dropped, NotServices, Rejected};
+    for (mode, unused, none_here) in [
+        (Mode::Nftables, Rejected, Dropped),
+        (Mode::Iptables, NotServices, Dropped),
+        (Mode::Userspace, Rejected, Rejected),
+    ] {
+        let snapshot = snapshot(ProxyConfig { mode, ..config() });
+        let verdict = |to, port| snapshot.explain(&packet(POD, to, port)).verdict;
+        assert_eq!((verdict("10.96.0.1", 81), verdict("10.96.0.3", 80)), (unused, none_here));
+    }
+    // Other addresses of the node are known to the node only.
+    let ranges = NodePortAddresses::Ranges(vec!["0.0.0.0/0".parse().unwrap()]);
+    let snapshot = snapshot(ProxyConfig { node_port_addresses: ranges, ..config() });
+    let to_other = packet(OUTSIDE, "203.0.113.1", 30080);
+    assert_eq!(snapshot.explain(&to_other).verdict, NotServices);
+    let known = snapshot.with_local_addresses(vec!["203.0.113.1".parse().unwrap()]);
+    assert_eq!(known.explain(&to_other).verdict, Verdict::Forwarded);
+    // A client that is its own endpoint.
+    let own = known.explain(&packet("10.244.1.1", "10.96.0.1", 80));
+    assert_eq!(own.masquerade, Some((true, "the endpoint is its own client")));
 }
 
 #[test]

@@ -11,6 +11,7 @@
 //! | [`backends`] | from objects to each backend, without the loop |
 //! | [`features`], [`rows`] | the table: a Service, who asks, what comes of it, and where a backend differs |
 //! | [`table_test`] | runs the table |
+//! | [`explain_test`] | asks for each row of the table why its packets go where they go |
 //! | [`changes_test`] | what needs more than one step: even choice, affinity, flows of UDP |
 //! | [`reference`], [`model_test`] | random changes, and where packets should go, from the documentation |
 //! | [`cluster`] | a stand-in for the API server, and whole proxies |
@@ -45,6 +46,7 @@ mod backends;
 mod changes_test;
 mod cluster;
 mod drift_test;
+mod explain_test;
 mod features;
 mod fixture;
 mod load_test;
