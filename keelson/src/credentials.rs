@@ -1,5 +1,6 @@
 //! A part's way to the API server, as its kubeconfig file describes it, for as long as the part runs:
-//! a file that is replaced (its certificates are renewed in time) is taken without a restart.
+//! a file that is replaced (its certificates are renewed in time) is taken without a restart. A part
+//! that runs in a pod of the cluster may go by the pod's account.
 
 use std::{
     path::{Path, PathBuf},
@@ -10,6 +11,7 @@ use std::{
 use anyhow::Context;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http::Request;
+use keelson_api::metrics::rest_client::RestClient;
 use keelson_control_plane::pki::tls::{self, ReloadingKey};
 use kube::{
     Client,
@@ -25,10 +27,13 @@ const CHECK: Duration = Duration::from_secs(30);
 
 /// What a kubeconfig gives a part.
 pub(crate) struct Credentials {
-    path: PathBuf,
+    /// The file; the pod's account if there is none.
+    path: Option<PathBuf>,
+    /// The API server's URL, if it is not to be the file's.
+    server: Option<String>,
     /// The file's text that is in use.
     text: String,
-    current: Arc<RwLock<Client>>,
+    current: Arc<RwLock<Way>>,
     namespace: String,
     serving: Option<Arc<ReloadingKey>>,
     /// What the file says of the cluster, if Keelson issued it.
@@ -37,10 +42,18 @@ pub(crate) struct Credentials {
     ca_pem: Option<String>,
 }
 
+/// The way to the API server.
+#[derive(Clone)]
+struct Way {
+    client: Client,
+    /// Where that is, as metrics name it.
+    host: String,
+}
+
 /// A kubeconfig file as read.
 struct Read {
     text: String,
-    client: Client,
+    way: Way,
     namespace: String,
     facts: Option<ClusterFacts>,
     ca_pem: Option<String>,
@@ -52,13 +65,22 @@ impl Credentials {
     /// # Errors
     /// When it can't be read or understood.
     pub(crate) async fn read(path: &Path) -> anyhow::Result<Self> {
-        let Read { text, client, namespace, facts, ca_pem } = read(path).await?;
+        Self::read_for(path, None).await
+    }
+
+    /// Reads a kubeconfig file for the API server at this URL, or that of the file.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub(crate) async fn read_for(path: &Path, server: Option<&str>) -> anyhow::Result<Self> {
+        let Read { text, way, namespace, facts, ca_pem } = read(path, server).await?;
         let serving = facts.as_ref().and_then(|facts| facts.serving.clone());
         let serving = serving.map(|pair| ReloadingKey::of(&pair.into(), path)).transpose()?;
         Ok(Self {
-            path: path.to_owned(),
+            path: Some(path.to_owned()),
+            server: server.map(str::to_owned),
             text,
-            current: Arc::new(RwLock::new(client)),
+            current: Arc::new(RwLock::new(way)),
             namespace,
             serving: serving.map(Arc::new),
             facts,
@@ -66,12 +88,42 @@ impl Credentials {
         })
     }
 
+    /// Those of the account of the pod that this runs in.
+    ///
+    /// # Errors
+    /// When it doesn't run in a pod.
+    pub(crate) fn of_this_pod() -> anyhow::Result<Self> {
+        let config = Config::incluster()?;
+        let namespace = config.default_namespace.clone();
+        Ok(Self {
+            path: None,
+            server: None,
+            text: String::new(),
+            current: Arc::new(RwLock::new(Way::new(config)?)),
+            namespace,
+            serving: None,
+            facts: None,
+            ca_pem: None,
+        })
+    }
+
     /// A client that always uses the credentials that are in the file now.
     pub(crate) fn client(&self) -> Client {
         let current = Arc::clone(&self.current);
         let service = tower::service_fn(move |request: Request<Body>| {
-            let client = current.read().unwrap_or_else(PoisonError::into_inner).clone();
-            async move { client.send(request).await }
+            let way = current.read().unwrap_or_else(PoisonError::into_inner).clone();
+            async move { way.client.send(request).await }
+        });
+        Client::new(service, self.namespace.clone())
+    }
+
+    /// As [`Self::client`], with its requests counted.
+    pub(crate) fn counted_client(&self, metrics: RestClient) -> Client {
+        let current = Arc::clone(&self.current);
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let way = current.read().unwrap_or_else(PoisonError::into_inner).clone();
+            let metrics = metrics.clone();
+            async move { metrics.send(&way.client, &way.host, request).await }
         });
         Client::new(service, self.namespace.clone())
     }
@@ -95,15 +147,19 @@ impl Credentials {
     }
 
     async fn follow(mut self, shutdown: CancellationToken) {
+        let Some(path) = self.path.clone() else {
+            // The client itself follows the account's token.
+            return shutdown.cancelled().await;
+        };
         let mut ticks = tokio::time::interval(CHECK);
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
                 () = shutdown.cancelled() => return,
             }
-            match self.refresh().await {
+            match self.refresh(&path).await {
                 Ok(false) => {}
-                Ok(true) => tracing::info!(file = %self.path.display(), "took new credentials"),
+                Ok(true) => tracing::info!(file = %path.display(), "took new credentials"),
                 Err(error) => {
                     tracing::warn!("{error:#}; going on with the credentials from before");
                 }
@@ -112,30 +168,42 @@ impl Credentials {
     }
 
     /// Takes what stands in the file now. Returns whether it is new.
-    async fn refresh(&mut self) -> anyhow::Result<bool> {
-        let text = tokio::fs::read_to_string(&self.path)
+    async fn refresh(&mut self, path: &Path) -> anyhow::Result<bool> {
+        let text = tokio::fs::read_to_string(path)
             .await
-            .with_context(|| format!("kubeconfig {}", self.path.display()))?;
+            .with_context(|| format!("kubeconfig {}", path.display()))?;
         if text == self.text {
             return Ok(false);
         }
-        let read = read(&self.path).await?;
+        let read = read(path, self.server.as_deref()).await?;
         let pair = read.facts.and_then(|facts| facts.serving);
         if let (Some(serving), Some(pair)) = (&self.serving, pair) {
-            serving.reload(&pair.into(), &self.path)?;
+            serving.reload(&pair.into(), path)?;
         }
         // With connections of its own, so that the next request shows the new certificate.
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = read.client;
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = read.way;
         self.text = read.text;
         Ok(true)
     }
 }
 
-async fn read(path: &Path) -> anyhow::Result<Read> {
+impl Way {
+    fn new(config: Config) -> anyhow::Result<Self> {
+        let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+        Ok(Self { client: Client::try_from(config)?, host })
+    }
+}
+
+async fn read(path: &Path, server: Option<&str>) -> anyhow::Result<Read> {
     let context = || format!("kubeconfig {}", path.display());
     let text = tokio::fs::read_to_string(path).await.with_context(context)?;
     // With its relative paths made whole.
-    let kubeconfig = Kubeconfig::read_from(path).with_context(context)?;
+    let mut kubeconfig = Kubeconfig::read_from(path).with_context(context)?;
+    if let Some(server) = server {
+        for cluster in kubeconfig.clusters.iter_mut().filter_map(|named| named.cluster.as_mut()) {
+            cluster.server = Some(server.to_owned());
+        }
+    }
     let facts = ClusterFacts::of(&kubeconfig).with_context(context)?;
     let cluster = kubeconfig.clusters.iter().find_map(|named| named.cluster.as_ref());
     let ca_pem = cluster
@@ -146,8 +214,8 @@ async fn read(path: &Path) -> anyhow::Result<Read> {
         .await
         .with_context(context)?;
     let namespace = config.default_namespace.clone();
-    let client = Client::try_from(config).with_context(context)?;
-    Ok(Read { text, client, namespace, facts, ca_pem })
+    let way = Way::new(config).with_context(context)?;
+    Ok(Read { text, way, namespace, facts, ca_pem })
 }
 
 #[cfg(test)]
@@ -187,7 +255,7 @@ mod tests {
         };
         let client = credentials.client();
         assert!(said(&client).await.is_err(), "nobody listens there");
-        assert!(!credentials.refresh().await.unwrap());
+        assert!(!credentials.refresh(&path).await.unwrap());
 
         let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", server.local_addr().unwrap());
@@ -200,10 +268,20 @@ mod tests {
         });
         let renewed = pki::self_signed(&["n2".to_owned()]).unwrap();
         std::fs::write(&path, kubeconfig(&url, &renewed)).unwrap();
-        assert!(credentials.refresh().await.unwrap());
+        assert!(credentials.refresh(&path).await.unwrap());
         assert_eq!(said(&client).await.unwrap(), "ok", "the old client follows");
 
+        let registry = prometheus::Registry::new();
+        let counted = credentials.counted_client(RestClient::register(&registry).unwrap());
+        assert!(said(&counted).await.is_err(), "the server answered once");
+        let metrics = keelson_api::metrics::encode(&registry).unwrap();
+        let host = url.trim_start_matches("http://");
+        let line = format!("code=\"<error>\",host=\"{host}\",method=\"GET\"}} 1");
+        assert!(metrics.contains(&line), "{metrics}");
+        let elsewhere = Credentials::read_for(&path, Some("http://127.0.0.1:2")).await.unwrap();
+        assert_eq!(elsewhere.current.read().unwrap().host, "127.0.0.1:2");
+
         std::fs::write(&path, "half").unwrap();
-        assert!(credentials.refresh().await.is_err());
+        assert!(credentials.refresh(&path).await.is_err());
     }
 }

@@ -45,7 +45,10 @@ pub(crate) fn packet(args: &ExplainPacketArgs) -> anyhow::Result<()> {
         };
         let service_addresses = addresses_of(&to, &objects.services)?;
         let here = config.node_name.clone();
-        let (snapshot, _) = Snapshot::new(config, &objects);
+        let (mut snapshot, _) = Snapshot::new(config, &objects);
+        if args.services.is_empty() && args.node.is_none() {
+            snapshot = snapshot.with_local_addresses(node::addresses()?);
+        }
         let nodes = snapshot.node_addresses();
         let to_address = match &to {
             Place::Address(address) => Some(*address),
@@ -157,36 +160,44 @@ fn on(pod: &Pod, node: &str) -> bool {
 
 /// The proxy's configuration: as its file has it, or as the running one tells.
 async fn config(args: &ExplainPacketArgs) -> anyhow::Result<ProxyConfig> {
-    let running = match tokio::time::timeout(PATIENCE, configz()).await {
-        Ok(Ok(config)) if args.config.is_none() && args.services.is_empty() => Some(config),
-        _ => None,
-    };
-    if let Some(config) = running {
-        return Ok(config);
+    if args.config.is_none() && args.services.is_empty() {
+        match tokio::time::timeout(PATIENCE, running()).await {
+            Ok(Ok(config)) => return Ok(config),
+            Ok(Err(error)) => eprintln!(
+                "keelson: no proxy tells its configuration at {CONFIGZ} ({error:#}): its defaults \
+                 are taken, or --config FILE"
+            ),
+            Err(_) => eprintln!(
+                "keelson: the proxy at {CONFIGZ} doesn't answer: its defaults are taken, or \
+                 --config FILE"
+            ),
+        }
     }
     let settings = ProxySettings::read(args.config.as_deref(), &ProxyFlags::default())?;
     let name = node::name(args.node.as_deref().or(settings.hostname_override.as_deref()))?;
-    if args.config.is_none() && args.services.is_empty() {
-        eprintln!(
-            "keelson: no proxy answers at {CONFIGZ}: its defaults are taken, or --config FILE"
-        );
-    }
     proxy::config(&settings, &name, Vec::new(), None)
 }
 
-async fn configz() -> anyhow::Result<ProxyConfig> {
+/// What the running proxy tells of itself; its mode is the one in force.
+async fn running() -> anyhow::Result<ProxyConfig> {
+    let mut document: serde_json::Value = serde_json::from_slice(&page("/configz").await?)?;
+    let mut settings: ProxySettings =
+        serde_json::from_value(document["kubeproxy.config.k8s.io"].take())?;
+    settings.mode = Some(String::from_utf8(page("/proxyMode").await?.to_vec())?);
+    let name = settings.hostname_override.clone().unwrap_or_default();
+    proxy::config(&settings, &name, Vec::new(), None)
+}
+
+async fn page(path: &str) -> anyhow::Result<Bytes> {
     let stream = tokio::net::TcpStream::connect(CONFIGZ).await?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let request = http::Request::get("/configz")
-        .header(http::header::HOST, CONFIGZ)
-        .body(Empty::<Bytes>::new())?;
+    let request =
+        http::Request::get(path).header(http::header::HOST, CONFIGZ).body(Empty::<Bytes>::new())?;
     let asked = async move { sender.send_request(request).await?.into_body().collect().await };
     // The connection ends when nothing more is asked.
     let (body, _) = tokio::join!(asked, connection);
-    let body = body?.to_bytes();
-    let mut document: serde_json::Value = serde_json::from_slice(&body)?;
-    Ok(serde_json::from_value(document["kubeproxy.config.k8s.io"].take())?)
+    Ok(body?.to_bytes())
 }
 
 struct Known {

@@ -63,11 +63,12 @@ fn main() -> ExitCode {
 }
 
 fn run_command(cli: Cli) -> anyhow::Result<()> {
-    let format = match cli.log_format {
+    let (log_level, log_format) = cli.logging();
+    let format = match log_format {
         LogFormat::Text => keelson_api::logging::Format::Text,
         LogFormat::Json => keelson_api::logging::Format::Json,
     };
-    keelson_api::logging::init(&cli.log_level, format)?;
+    keelson_api::logging::init(&log_level, format)?;
     match cli.command {
         Command::Version => {
             println!(

@@ -32,24 +32,36 @@ pub(crate) fn name(given: Option<&str>) -> anyhow::Result<String> {
     Ok(name)
 }
 
+/// All addresses of this machine's interfaces.
+///
+/// # Errors
+/// When the kernel doesn't tell.
+pub(crate) fn addresses() -> anyhow::Result<Vec<IpAddr>> {
+    Ok(interfaces()?.into_iter().map(|(_, address)| address).collect())
+}
+
+/// This machine's interfaces with their addresses.
+fn interfaces() -> anyhow::Result<Vec<(String, IpAddr)>> {
+    let interfaces = nix::ifaddrs::getifaddrs().context("this machine's addresses")?;
+    let with_address = interfaces.filter_map(|interface| {
+        let address = interface.address?;
+        let ip = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+            (Some(v4), _) => IpAddr::V4(v4.ip()),
+            (_, Some(v6)) => IpAddr::V6(v6.ip()),
+            _ => return None,
+        };
+        Some((interface.interface_name, ip))
+    });
+    Ok(with_address.collect())
+}
+
 /// The node's address: as given, else that of the interface with the default route, else the first
 /// one that is not only this machine's own.
 ///
 /// # Errors
 /// When there is none, or the one given is not this machine's.
 pub(crate) fn address(given: Option<IpAddr>) -> anyhow::Result<IpAddr> {
-    let interfaces: Vec<(String, IpAddr)> = nix::ifaddrs::getifaddrs()
-        .context("this machine's addresses")?
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let ip = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
-                (Some(v4), _) => IpAddr::V4(v4.ip()),
-                (_, Some(v6)) => IpAddr::V6(v6.ip()),
-                _ => return None,
-            };
-            Some((interface.interface_name, ip))
-        })
-        .collect();
+    let interfaces = interfaces()?;
     if let Some(given) = given {
         if interfaces.iter().any(|(_, ip)| *ip == given) {
             return Ok(given);

@@ -1,17 +1,24 @@
 //! The service proxy: its configuration, and the command that runs it alone.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context, bail};
 use ipnet::IpNet;
-use keelson_proxy::{DetectLocal, Family, Mode, NodePortAddresses, ProxyConfig, Snapshot};
+use keelson_api::metrics::{component, rest_client::RestClient};
+use keelson_proxy::{
+    DetectLocal, Family, Mode, NodePortAddresses, ProxyConfig, REMOVE_STALE_TCP, Snapshot,
+};
+use prometheus::Registry;
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     cli::{FamilyName, ProxyArgs},
-    config::{ProxySettings, duration},
+    config::{ProxyFlags, ProxySettings, duration, watch},
     credentials::Credentials,
     instance::{self, Part, Record},
     manifests::Manifests,
@@ -23,10 +30,13 @@ use crate::{
 
 /// The switch that has a config for `ipvs` served by nftables.
 const GATE_IPVS: &str = "ServeIPVSByNftables";
-/// The switch that has TCP connections to endpoints that are gone forgotten.
-const GATE_STALE_TCP: &str = "RemoveStaleTCPConnections";
+/// The switches that there are.
+const GATES: [&str; 2] = [GATE_IPVS, REMOVE_STALE_TCP];
 /// kube-proxy's `oomScoreAdj`.
 const OOM_SCORE_ADJ: i32 = -999;
+/// The usual ports of the pages.
+const HEALTHZ_PORT: u16 = 10256;
+const METRICS_PORT: u16 = 10249;
 /// The longest name of an interface.
 const INTERFACE_NAME: usize = 15;
 
@@ -42,9 +52,9 @@ pub(crate) fn config(
 ) -> anyhow::Result<ProxyConfig> {
     let mut config = ProxyConfig::new(node_name);
     config.node_ips = node_ips;
-    config.conntrack.remove_stale_tcp = gate(settings, GATE_STALE_TCP);
+    config.conntrack.remove_stale_tcp = gate(settings, REMOVE_STALE_TCP);
     for name in settings.feature_gates.keys() {
-        if ![GATE_IPVS, GATE_STALE_TCP].contains(&name.as_str()) {
+        if !GATES.contains(&name.as_str()) {
             tracing::warn!("featureGates.{name} has no effect here");
         }
     }
@@ -52,15 +62,19 @@ pub(crate) fn config(
     if let Some(text) = settings.bind_address.as_deref().filter(|text| !text.is_empty()) {
         let address: IpAddr = text.parse().with_context(|| format!("bindAddress {text:?}"))?;
         config.bind_address = Some(address).filter(|address| !address.is_unspecified());
+        if address.is_ipv6() {
+            config.healthz_bind_address = Some((Ipv6Addr::UNSPECIFIED, HEALTHZ_PORT).into());
+            config.metrics_bind_address = Some((Ipv6Addr::LOCALHOST, METRICS_PORT).into());
+        }
     }
     config.bind_address_hard_fail = settings.bind_address_hard_fail.unwrap_or(false);
     config.detect_local = detect_local(settings, cluster_cidr)?;
     config.node_port_addresses = node_port_addresses(settings, config.mode)?;
     if let Some(address) = &settings.healthz_bind_address {
-        config.healthz_bind_address = bind_address("healthzBindAddress", address, 10256)?;
+        config.healthz_bind_address = bind_address("healthzBindAddress", address, HEALTHZ_PORT)?;
     }
     if let Some(address) = &settings.metrics_bind_address {
-        config.metrics_bind_address = bind_address("metricsBindAddress", address, 10249)?;
+        config.metrics_bind_address = bind_address("metricsBindAddress", address, METRICS_PORT)?;
     }
     packet_filter(settings, &mut config)?;
     let (from, to) = (&settings.conntrack, &mut config.conntrack);
@@ -191,10 +205,10 @@ fn packet_filter(settings: &ProxySettings, config: &mut ProxyConfig) -> anyhow::
             .with_context(|| format!("{name}.masqueradeBit {bit}: a bit from 0 to 31 is wanted"))?;
     }
     config.localhost_node_ports = filter.localhost_node_ports.unwrap_or(true);
-    if let Some(value) = period(name, filter.sync_period.as_deref())? {
-        if value.is_zero() {
-            bail!("{name}.syncPeriod: more than 0 is wanted");
-        }
+    // As with kube-proxy, 0 in a file is the default.
+    if let Some(value) = period(name, filter.sync_period.as_deref())?
+        && !value.is_zero()
+    {
         config.sync_period = value;
     }
     if let Some(value) = period(name, filter.min_sync_period.as_deref())? {
@@ -226,9 +240,29 @@ fn bind_address(field: &str, text: &str, port: u16) -> anyhow::Result<Option<Soc
 /// # Errors
 /// When it can't start.
 pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
+    if args.version.as_deref().is_some_and(|form| form != "false") {
+        let keelson = env!("CARGO_PKG_VERSION");
+        println!("Kubernetes {} (keelson {keelson})", keelson_api::KUBERNETES_VERSION);
+        return Ok(());
+    }
+    for (name, why) in args.logging.without_effect() {
+        tracing::warn!("{name} has no effect: {why}");
+    }
     let settings = ProxySettings::read(args.config.as_deref(), &args.flags)?;
     if args.dry_run {
         return dry_run(args, &settings);
+    }
+    if let Some(path) = &args.write_config_to {
+        return write_config(path, &settings);
+    }
+    if args.init_only {
+        let name = node::name(settings.hostname_override.as_deref())?;
+        let config = config(&settings, &name, Vec::new(), None)?;
+        // Modes that have tasks of their own want to be on a runtime.
+        return run::block_on(async {
+            tokio::task::spawn_blocking(move || keelson_proxy::initialize(&config)).await??;
+            Ok(())
+        });
     }
     run::block_on(async {
         if args.cleanup {
@@ -240,12 +274,7 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
         let name = node::name(settings.hostname_override.as_deref())?;
         // What is wrong in the settings is told before anything else is looked at.
         let mut config = config(&settings, &name, Vec::new(), None)?;
-        let path = args
-            .kubeconfig
-            .as_ref()
-            .or(settings.client_connection.kubeconfig.as_ref())
-            .context("--kubeconfig, or clientConnection.kubeconfig in --config, is needed")?;
-        let credentials = Credentials::read(path).await?;
+        let credentials = credentials(args, &settings).await?;
         if let (DetectLocal::Nothing, Some(facts)) = (&config.detect_local, &credentials.facts) {
             config.detect_local = DetectLocal::Ranges(vec![facts.cluster_cidr]);
         }
@@ -255,12 +284,17 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
         let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
         let record = Record { role: "proxy".to_owned(), ..Record::of_this_process(&name) };
         let mut held = instance::hold(&paths, &[Part::Proxy], record)?;
-        let client = credentials.client();
+        let registry = Registry::new();
+        component::register_features(
+            &registry,
+            GATES.map(|name| (name, "ALPHA", gate(&settings, name))),
+        )?;
+        let client = credentials.counted_client(RestClient::register(&registry)?);
         let tasks = MainTasks::new(shutdown.clone());
         if credentials.facts.is_some() {
             // A cluster of Keelson's own has no CNI plugin that would see to it.
             tasks.spawn("routes to other nodes", {
-                let routes = routes::run(client.clone(), name, shutdown.clone());
+                let routes = routes::run(client.clone(), name.clone(), shutdown.clone());
                 async move {
                     routes.await;
                     Ok(())
@@ -268,8 +302,12 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
             });
         }
         credentials.keep_current(&tasks, shutdown.clone());
-        let proxy = keelson_proxy::run(config, client, shutdown.clone());
+        let proxy = keelson_proxy::run_with_registry(config, client, registry, shutdown.clone());
         tasks.spawn("service proxy", async move { Ok(proxy.await?) });
+        if let Some(path) = args.config.clone() {
+            let changed = config_changed(path, args.flags.clone(), name, shutdown.clone());
+            tasks.spawn("config file", changed);
+        }
         let ready = held.ready();
         if ready.is_ok() {
             notify::notify("READY=1");
@@ -280,6 +318,56 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
         run::ended(tasks.stopped()).await;
         ready.and(tasks.result())
     })
+}
+
+/// Fails once the config file is another one, so that everything ends, and whoever looks after the
+/// process starts it with the new one: kube-proxy does so too.
+async fn config_changed(
+    path: PathBuf,
+    flags: ProxyFlags,
+    name: String,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let check = |path: &Path| {
+        let settings = ProxySettings::read(Some(path), &flags)?;
+        config(&settings, &name, Vec::new(), None).map(drop)
+    };
+    if watch::changed(path.clone(), check, shutdown).await {
+        bail!(
+            "config file {}: it has changed, and takes effect when the proxy is started again",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+/// How to reach the API server: as a kubeconfig says, or as the pod that this runs in may.
+async fn credentials(args: &ProxyArgs, settings: &ProxySettings) -> anyhow::Result<Credentials> {
+    let given = args.kubeconfig.as_ref().or(settings.client_connection.kubeconfig.as_ref());
+    let server = args.master.as_deref().filter(|server| !server.is_empty());
+    match given.filter(|path| !path.as_os_str().is_empty()) {
+        Some(path) => Credentials::read_for(path, server).await,
+        None if server.is_some() => bail!("--master: --kubeconfig is needed too, for credentials"),
+        None => Credentials::of_this_pod().context(
+            "outside a pod --kubeconfig, or clientConnection.kubeconfig in --config, is needed",
+        ),
+    }
+}
+
+/// Writes what file, flags and defaults come to.
+fn write_config(path: &Path, settings: &ProxySettings) -> anyhow::Result<()> {
+    let name = node::name(settings.hostname_override.as_deref())?;
+    let mut document = config(settings, &name, Vec::new(), None)?.document();
+    // A file without a name does for every node.
+    document["hostnameOverride"] = settings.hostname_override.as_deref().unwrap_or_default().into();
+    document["clientConnection"] = json!({"kubeconfig": settings.client_connection.kubeconfig});
+    document["oomScoreAdj"] = settings.oom_score_adj.unwrap_or(OOM_SCORE_ADJ).into();
+    let gates = settings.feature_gates.iter().filter(|(name, _)| GATES.contains(&name.as_str()));
+    for (name, on) in gates {
+        document["featureGates"][name] = (*on).into();
+    }
+    let text = keelson_api::yaml::text(&document)?;
+    std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
 }
 
 /// Prints the rules for the objects of some manifests; what is wrong with them goes to standard
@@ -318,8 +406,6 @@ fn protect(score: i32) {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn configured(fields: serde_json::Value) -> anyhow::Result<ProxyConfig> {
@@ -354,18 +440,56 @@ mod tests {
         let config = configured(json!({
             "bindAddress": "2001:db8::1", "clusterCIDR": "10.0.0.0/8,fd00::/8",
             "nftables": {"masqueradeBit": 3, "minSyncPeriod": "2s"}, "iptables": {"masqueradeBit": 4},
-            "healthzBindAddress": "", "metricsBindAddress": "0.0.0.0",
+            "healthzBindAddress": "[::1]:99", "metricsBindAddress": "",
         }))
         .unwrap();
         assert_eq!(config.node_port_addresses, NodePortAddresses::Primary);
         assert_eq!((config.masquerade_bit, config.min_sync_period.as_secs()), (3, 2));
         assert_eq!(config.bind_address, Some("2001:db8::1".parse().unwrap()));
-        assert_eq!(config.healthz_bind_address, None);
-        assert_eq!(config.metrics_bind_address, Some("0.0.0.0:10249".parse().unwrap()));
+        assert_eq!(config.healthz_bind_address, Some("[::1]:99".parse().unwrap()));
+        assert_eq!(config.metrics_bind_address, None);
         assert!(matches!(config.detect_local, DetectLocal::Ranges(ranges) if ranges.len() == 2));
+        let config = configured(json!({"bindAddress": "::", "metricsBindAddress": "::"})).unwrap();
+        assert_eq!(config.healthz_bind_address, Some("[::]:10256".parse().unwrap()));
+        assert_eq!(config.metrics_bind_address, Some("[::]:10249".parse().unwrap()));
         let bridge = json!({"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "br0"}});
         let found = configured(bridge).unwrap().detect_local;
         assert_eq!(found, DetectLocal::Interface("br0".into()));
+    }
+
+    #[test]
+    fn what_configz_shows_and_write_config_to_writes_is_the_same_configuration() {
+        for fields in [
+            json!({}),
+            json!({"mode": "iptables"}),
+            json!({"mode": "userspace", "nodePortAddresses": ["primary"]}),
+            json!({
+                "bindAddress": "2001:db8::1", "bindAddressHardFail": true,
+                "clusterCIDR": "10.0.0.0/8,fd00::/8", "conntrack": {"maxPerCore": 1, "min": 2,
+                    "tcpBeLiberal": true, "tcpCloseWaitTimeout": "0s", "udpTimeout": "1m30s",
+                    "tcpEstablishedTimeout": "36h", "udpStreamTimeout": "1.5s"},
+                "featureGates": {"RemoveStaleTCPConnections": true},
+                "metricsBindAddress": "[::]:99", "nodePortAddresses": ["192.0.2.0/24"],
+                "nftables": {"masqueradeAll": true, "masqueradeBit": 3, "minSyncPeriod": "20ms",
+                    "syncPeriod": "1m"},
+            }),
+            json!({"detectLocalMode": "NodeCIDR"}),
+            json!({"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "b"},
+                "mode": "iptables", "iptables": {"localhostNodePorts": false, "masqueradeBit": 1}}),
+            json!({"detectLocalMode": "InterfaceNamePrefix",
+                "detectLocal": {"interfaceNamePrefix": "veth"}}),
+        ] {
+            let before = configured(fields).unwrap();
+            let document = before.document();
+            assert_eq!(configured(document.clone()).unwrap(), before, "{document:#}");
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("config.yaml");
+            let settings = serde_json::from_value(document).unwrap();
+            write_config(&path, &settings).unwrap();
+            let read = ProxySettings::read(Some(&path), &ProxyFlags::default()).unwrap();
+            assert_eq!(config(&read, "n", Vec::new(), None).unwrap(), before);
+            assert_eq!(read.oom_score_adj, Some(OOM_SCORE_ADJ));
+        }
     }
 
     #[test]
@@ -379,7 +503,6 @@ mod tests {
             (json!({"nodePortAddresses": ["primary", "10.0.0.0/8"]}), "nodePortAddresses"),
             (json!({"nodePortAddresses": ["x"]}), "nodePortAddresses"),
             (json!({"nftables": {"masqueradeBit": 32}}), "nftables.masqueradeBit"),
-            (json!({"nftables": {"syncPeriod": "0s"}}), "nftables.syncPeriod"),
             (json!({"healthzBindAddress": "localhost:1"}), "healthzBindAddress"),
         ] {
             let error = format!("{:#}", configured(fields).unwrap_err());

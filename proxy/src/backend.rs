@@ -143,6 +143,19 @@ pub(crate) struct Applied {
     pub(crate) forget: Vec<Forget>,
     /// What was refused; the old state of these stays, all others are written.
     pub(crate) refused: Vec<(Unit, BackendError)>,
+    /// Where rules are in tables that others have a part in: how many in each.
+    pub(crate) tables: Vec<TableRules>,
+}
+
+/// The proxy's rules in one table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TableRules {
+    /// Its name.
+    pub(crate) table: &'static str,
+    /// How many there are now.
+    pub(crate) rules: usize,
+    /// How many were written.
+    pub(crate) written: usize,
 }
 
 /// An endpoint that a frontend lost, or all of a frontend's past, for the connection table.

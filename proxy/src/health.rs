@@ -18,14 +18,19 @@ use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
-use prometheus::Registry;
+use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::Mode, metrics::Metrics, model::Family};
+use crate::{
+    config::Mode,
+    metrics::{Metrics, packets::Freshener},
+    model::Family,
+};
 
 /// How long to wait before a port that is taken is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+const TEXT: &str = "text/plain; charset=utf-8";
 /// How many may be connected at a time.
 const CONNECTIONS: usize = 256;
 /// How long a client may take to say what it wants.
@@ -139,7 +144,11 @@ impl Health {
 pub(crate) struct Pages {
     pub(crate) health: Health,
     pub(crate) metrics: Metrics,
+    /// What rules count, which the registry shows once it was read.
+    pub(crate) packets: Freshener,
     pub(crate) registry: Registry,
+    /// What is at `/metrics/slis`.
+    pub(crate) slis: Slis,
     /// The mode in force.
     pub(crate) mode: Mode,
     /// The body of `/configz`.
@@ -157,40 +166,87 @@ pub(crate) enum Server {
 
 impl Pages {
     /// The page at a path of one of the servers.
-    pub(crate) fn answer(&self, server: Server, path: &str) -> Response<Full<Bytes>> {
+    pub(crate) async fn answer(&self, server: Server, path: &str) -> Response<Full<Bytes>> {
         let report = self.health.report(Timestamp::now());
         match (server, path) {
             (Server::Health, "/healthz") => {
-                let response = health_page(&report, report.keeps_up && report.eligible);
+                let healthy = report.keeps_up && report.eligible;
+                let response = health_page(&report, healthy, Some(report.eligible));
                 self.metrics.healthz.with_label_values(&[response.status().as_str()]).inc();
                 response
             }
             (Server::Health, "/livez") => {
-                let response = health_page(&report, report.keeps_up);
+                let response = health_page(&report, report.keeps_up, None);
                 self.metrics.livez.with_label_values(&[response.status().as_str()]).inc();
                 response
             }
-            (Server::Metrics, "/healthz") => page(StatusCode::OK, "text/plain", "ok"),
-            (Server::Metrics, "/proxyMode") => {
-                page(StatusCode::OK, "text/plain", self.mode.as_str())
+            (Server::Metrics, "/healthz") => {
+                self.slis.checked();
+                page(StatusCode::OK, TEXT, "ok")
             }
+            (Server::Metrics, "/proxyMode") => page(StatusCode::OK, TEXT, self.mode.as_str()),
             (Server::Metrics, "/configz") => {
                 page(StatusCode::OK, "application/json", self.configz.to_string())
             }
-            (Server::Metrics, "/metrics") => match keelson_api::metrics::encode(&self.registry) {
-                Ok(text) => page(StatusCode::OK, keelson_api::metrics::CONTENT_TYPE, text),
-                Err(error) => {
-                    page(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", error.to_string())
-                }
-            },
-            _ => page(StatusCode::NOT_FOUND, "text/plain", "404 page not found\n"),
+            (Server::Metrics, "/metrics") => {
+                self.packets.refresh().await;
+                metrics_page(&self.registry)
+            }
+            (Server::Metrics, "/metrics/slis") => metrics_page(&self.slis.registry),
+            _ => page(StatusCode::NOT_FOUND, TEXT, "404 page not found\n"),
         }
     }
 }
 
-/// The documented form: when rules were last brought up to date, the time now, and whether the node
-/// should get traffic from load balancers; and how far each family is.
-fn health_page(report: &Report, healthy: bool) -> Response<Full<Bytes>> {
+/// What `/metrics/slis` tells: how often the one check of `/healthz` at the port of metrics was made,
+/// which says no more than that somebody answers. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Slis {
+    registry: Registry,
+    healthy: IntGaugeVec,
+    checks: IntCounterVec,
+}
+
+impl Slis {
+    /// With a registry of their own.
+    ///
+    /// # Errors
+    /// Never with these names.
+    pub(crate) fn new() -> Result<Self, prometheus::Error> {
+        Self::register(&Registry::new())
+    }
+
+    /// In this registry.
+    ///
+    /// # Errors
+    /// When a name is registered already.
+    pub(crate) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let options = Opts::new("kubernetes_healthcheck", "What the last check found.");
+        let healthy = IntGaugeVec::new(options, &["name", "type"])?;
+        let options = Opts::new("kubernetes_healthchecks_total", "Checks by what they found.");
+        let checks = IntCounterVec::new(options, &["name", "status", "type"])?;
+        registry.register(Box::new(healthy.clone()))?;
+        registry.register(Box::new(checks.clone()))?;
+        Ok(Self { registry: registry.clone(), healthy, checks })
+    }
+
+    /// A check was made, and answered.
+    pub(crate) fn checked(&self) {
+        self.healthy.with_label_values(&["ping", "healthz"]).set(1);
+        self.checks.with_label_values(&["ping", "success", "healthz"]).inc();
+    }
+}
+
+fn metrics_page(registry: &Registry) -> Response<Full<Bytes>> {
+    match keelson_api::metrics::encode(registry) {
+        Ok(text) => page(StatusCode::OK, keelson_api::metrics::CONTENT_TYPE, text),
+        Err(error) => page(StatusCode::INTERNAL_SERVER_ERROR, TEXT, error.to_string()),
+    }
+}
+
+/// The documented form: when rules were last brought up to date, the time now, at `/healthz` alone
+/// whether the node should get traffic from load balancers; and how far each family is.
+fn health_page(report: &Report, healthy: bool, eligible: Option<bool>) -> Response<Full<Bytes>> {
     let status = report.families.iter().map(|(family, progress)| {
         let progress = serde_json::json!({
             "lastUpdated": progress.updated.to_string(),
@@ -199,12 +255,14 @@ fn health_page(report: &Report, healthy: bool) -> Response<Full<Bytes>> {
         (family.as_str().to_owned(), progress)
     });
     let status: serde_json::Map<_, _> = status.collect();
-    let body = serde_json::json!({
+    let mut body = serde_json::json!({
         "lastUpdated": report.updated.to_string(),
         "currentTime": report.now.to_string(),
-        "nodeEligible": report.eligible,
         "status": status,
     });
+    if let Some(eligible) = eligible {
+        body["nodeEligible"] = eligible.into();
+    }
     let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     page(status, "application/json", body.to_string())
 }
@@ -251,11 +309,13 @@ pub(crate) async fn bind(
 }
 
 /// Answers GET requests by their path until `shutdown`.
-pub(crate) async fn serve(
+pub(crate) async fn serve<F>(
     listener: TcpListener,
-    answer: impl Fn(&str) -> Response<Full<Bytes>> + Clone + Send + 'static,
+    answer: impl Fn(String) -> F + Clone + Send + 'static,
     shutdown: CancellationToken,
-) {
+) where
+    F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
+{
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     // They end with this task.
     let mut connections = JoinSet::new();
@@ -283,8 +343,8 @@ pub(crate) async fn serve(
         connections.spawn(async move {
             let _place = place;
             let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-                let response = answer(request.uri().path());
-                async move { Ok::<_, Infallible>(response) }
+                let response = answer(request.uri().path().to_owned());
+                async move { Ok::<_, Infallible>(response.await) }
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -324,7 +384,7 @@ mod tests {
         health.set_eligible(false);
         let report = health.report(Timestamp::now());
         assert!(report.keeps_up && !report.eligible);
-        assert_eq!(health_page(&report, false).status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(health_page(&report, false, None).status(), StatusCode::SERVICE_UNAVAILABLE);
         let seldom = Health::new(&[Family::V4], Duration::from_secs(300));
         seldom.updated(Family::V4);
         seldom.queued(Family::V4);
@@ -345,5 +405,47 @@ mod tests {
         let report = health.report(after(65));
         assert!(!report.keeps_up && report.families[&Family::V4].keeps_up);
         assert_eq!(report.updated, report.families[&Family::V6].updated, "since when");
+    }
+
+    #[tokio::test]
+    async fn a_node_that_goes_is_not_healthy_but_alive() {
+        let registry = Registry::new();
+        let metrics = Metrics::register(&registry).unwrap();
+        let pages = Pages {
+            health: Health::new(&[Family::V4], Duration::from_secs(30)),
+            packets: Freshener::new(Vec::new(), metrics.clone()),
+            metrics,
+            registry,
+            slis: Slis::new().unwrap(),
+            mode: Mode::Nftables,
+            configz: "{}".into(),
+        };
+        let ask = async |server, path| {
+            let answer = pages.answer(server, path).await;
+            let status = answer.status().as_u16();
+            let body = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap();
+            (status, String::from_utf8(body.to_bytes().to_vec()).unwrap())
+        };
+        assert_eq!(ask(Server::Health, "/healthz").await.0, 503, "nothing was written yet");
+        pages.health.updated(Family::V4);
+        pages.health.set_eligible(false);
+        let (status, body) = ask(Server::Health, "/healthz").await;
+        assert!(status == 503 && body.contains("\"nodeEligible\":false"), "{status} {body}");
+        let (status, body) = ask(Server::Health, "/livez").await;
+        assert!(status == 200 && !body.contains("nodeEligible"), "{status} {body}");
+        assert_eq!(ask(Server::Metrics, "/healthz").await, (200, "ok".into()));
+        assert_eq!(ask(Server::Metrics, "/proxyMode").await, (200, "nftables".into()));
+        let (_, metrics) = ask(Server::Metrics, "/metrics").await;
+        for line in [
+            "kubeproxy_proxy_healthz_total{code=\"503\"} 2",
+            "kubeproxy_proxy_livez_total{code=\"200\"} 1",
+        ] {
+            assert!(metrics.contains(line), "{metrics}");
+        }
+        let (_, slis) = ask(Server::Metrics, "/metrics/slis").await;
+        let line =
+            "kubernetes_healthchecks_total{name=\"ping\",status=\"success\",type=\"healthz\"} 1";
+        assert!(slis.contains(line), "{slis}");
+        assert_eq!(ask(Server::Metrics, "/debug/pprof").await.0, 404);
     }
 }

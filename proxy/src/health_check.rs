@@ -224,9 +224,9 @@ async fn serve(listening: Arc<Listening>, port: u16, at: SocketAddr, close: Canc
         }
     };
     let (checks, health) = (listening.checks.clone(), listening.health.clone());
-    let answer = move |_: &str| {
+    let answer = move |_: String| {
         let check = checks.borrow().by_port.get(&port).cloned();
-        page(check.as_ref(), health.keeps_up())
+        std::future::ready(page(check.as_ref(), health.keeps_up()))
     };
     health::serve(listener, answer, close).await;
 }

@@ -33,6 +33,7 @@ mod health_check;
 #[cfg(test)]
 mod input_test;
 mod iptables;
+mod ipvs;
 #[cfg(test)]
 mod loop_test;
 mod memory;
@@ -63,7 +64,7 @@ use std::{
     time::Duration,
 };
 
-use keelson_api::events::EventRecorder;
+use keelson_api::{events::EventRecorder, metrics::component};
 use kube::Client;
 use prometheus::Registry;
 use tokio::{
@@ -72,7 +73,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-pub use config::{ConntrackConfig, DetectLocal, Mode, NodePortAddresses, ProxyConfig};
+pub use config::{
+    ConntrackConfig, DetectLocal, Mode, NodePortAddresses, ProxyConfig, REMOVE_STALE_TCP,
+};
 pub use explain::{Candidate, Explanation, Origin, Packet, Verdict};
 pub use model::{Family, Protocol};
 pub use snapshot::{Objects, Refusal, Snapshot};
@@ -81,9 +84,9 @@ use crate::{
     condition::Condition,
     conntrack::Cleaner,
     drift::Hearing,
-    health::{Health, Pages, Server},
+    health::{Health, Pages, Server, Slis},
     health_check::{HealthChecks, Listening},
-    metrics::Metrics,
+    metrics::{Metrics, packets::Freshener},
     nftables::monitor::Monitor,
     proxier::{Proxier, Reports},
     start::{Chosen, KERNEL_MIN},
@@ -175,6 +178,7 @@ pub async fn run_with_registry(
     let shutdown = shutdown.child_token();
     // All sockets belong to the network namespace of the thread that opens them: a caller which
     // wants another one runs this on a runtime of a single thread inside it.
+    let configz = configz(&config);
     if config.detect_local == DetectLocal::NodeCidr {
         let ranges = watches::pod_cidrs(client.clone(), &config.node_name, &shutdown).await;
         let Some(ranges) = ranges else { return Ok(()) };
@@ -190,6 +194,8 @@ pub async fn run_with_registry(
     if let Some(relays) = &chosen.relays {
         relays.register(&registry)?;
     }
+    component::register(&registry)?;
+    component::register_counts(&registry, metrics::documented::levels(mode))?;
     let conntrack = connection_cleaner(&chosen, &metrics);
     // After the kernel has got what tracks connections for the above: its settings are not there
     // before.
@@ -200,9 +206,11 @@ pub async fn run_with_registry(
     let pages = Pages {
         health: health.clone(),
         metrics: metrics.clone(),
+        packets: Freshener::new(std::mem::take(&mut chosen.counters), metrics.clone()),
         registry,
+        slis: Slis::new()?,
         mode,
-        configz: configz(&config),
+        configz,
     };
     for (address, server) in [
         (config.healthz_bind_address, Server::Health),
@@ -315,6 +323,17 @@ async fn remove_others(
     }
 }
 
+/// Does what needs more than CAP_NET_ADMIN: the kernel's settings. A proxy that is started after it
+/// finds them as it wants them.
+///
+/// # Errors
+/// When the mode doesn't work here.
+pub fn initialize(config: &ProxyConfig) -> Result<(), ProxyError> {
+    start::initialize(config)?;
+    sysctl::apply(&config.conntrack);
+    Ok(())
+}
+
 /// Removes all rules of the proxy, in every mode and family, and those of kube-proxy; nothing
 /// happens if there are none.
 ///
@@ -329,8 +348,7 @@ fn kernel(error: impl std::fmt::Display) -> ProxyError {
 }
 
 fn configz(config: &ProxyConfig) -> Arc<str> {
-    let config = serde_json::to_value(config).unwrap_or_default();
-    serde_json::json!({ "kubeproxy.config.k8s.io": config }).to_string().into()
+    serde_json::json!({ "kubeproxy.config.k8s.io": config.document() }).to_string().into()
 }
 
 fn connection_cleaner(chosen: &Chosen, metrics: &Metrics) -> Option<Cleaner> {
@@ -363,7 +381,10 @@ async fn listen(
     shutdown: &CancellationToken,
 ) -> Result<(), ProxyError> {
     let (pages, shutdown) = (pages.clone(), shutdown.clone());
-    let answer = move |path: &str| pages.answer(server, path);
+    let answer = move |path: String| {
+        let pages = pages.clone();
+        async move { pages.answer(server, &path).await }
+    };
     if config.bind_address_hard_fail {
         let listener = health::bind(address, true, &shutdown)
             .await

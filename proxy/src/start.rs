@@ -15,8 +15,8 @@ use crate::{
     ProxyError,
     backend::{Backend, BackendError},
     config::{Mode, ProxyConfig},
-    iptables::{self, Rules, Variant, canary::Canary},
-    kernel,
+    iptables::{self, Rules, Variant, canary::Canary, counters::Counters},
+    ipvs, kernel,
     metrics::Metrics,
     model::Family,
     nftables::{
@@ -94,6 +94,8 @@ pub(crate) struct Chosen {
     pub(crate) canaries: Vec<Canary>,
     /// Families that are not served, and why.
     unserved: Vec<(Family, Unusable)>,
+    /// What reads the packets that rules count.
+    pub(crate) counters: Vec<Counters>,
 }
 
 impl std::fmt::Debug for Chosen {
@@ -202,6 +204,24 @@ fn settle_on(config: &ProxyConfig, asked: Result<Chosen, Unusable>) -> Result<Ch
     Err(first.map_or(ProxyError::Ended, Unusable::into_error))
 }
 
+/// Does what needs more rights than writing rules does, for the mode that will be in force.
+///
+/// # Errors
+/// When no mode works, or rules that a setting needs can't be written.
+pub(crate) fn initialize(config: &ProxyConfig) -> Result<(), ProxyError> {
+    // Opening the backends loads the kernel's modules, which brings the settings.
+    let chosen = choose(config)?;
+    if chosen.mode != Mode::Iptables {
+        return Ok(());
+    }
+    let backend = |error: BackendError| ProxyError::Iptables(error.to_string());
+    for family in chosen.families() {
+        let rules = Rules::open(settings(config, family)).map_err(backend)?;
+        rules.open_loopback().map_err(backend)?;
+    }
+    Ok(())
+}
+
 /// The mode that was asked for, then packet filters, then relays.
 fn order(asked: Mode) -> Vec<Mode> {
     let mut order = vec![asked];
@@ -219,6 +239,7 @@ fn open(mode: Mode, config: &ProxyConfig) -> Result<Chosen, Unusable> {
         ports: Vec::new(),
         canaries: Vec::new(),
         unserved: Vec::new(),
+        counters: Vec::new(),
         relays: None,
     };
     if mode == Mode::Userspace {
@@ -259,6 +280,7 @@ fn open_family(
             let mut rules = Rules::open(settings(config, family)).map_err(failed)?;
             rules.probe().map_err(failed)?;
             chosen.canaries.push(rules.canary());
+            chosen.counters.push(rules.counters());
             Ok(Box::new(rules))
         }
         Mode::Userspace => {
@@ -324,7 +346,10 @@ pub(crate) fn remove_others(
     metrics: Option<&Metrics>,
     stop: &CancellationToken,
 ) -> Result<(), ProxyError> {
-    let mut result = Ok(());
+    let mut result = ipvs::remove_leftovers();
+    if let Err(error) = &result {
+        tracing::warn!(%error, "what kube-proxy's ipvs mode had stays");
+    }
     let mut failed = |error: ProxyError| {
         tracing::warn!(%error, family = family.as_str(), "rules of other modes stay");
         if let Some(metrics) = metrics {
@@ -354,6 +379,9 @@ pub(crate) fn remove_others(
         && let Err(error) = iptables::cleanup(family)
     {
         failed(ProxyError::Iptables(error.to_string()));
+    }
+    if !stop.is_cancelled() {
+        ipvs::remove_sets();
     }
     result
 }
@@ -453,6 +481,7 @@ mod tests {
             ports: Vec::new(),
             relays: None,
             canaries: Vec::new(),
+            counters: Vec::new(),
             unserved,
         }
     }
@@ -508,6 +537,46 @@ mod tests {
         for errno in [libc::EPERM, libc::EOPNOTSUPP, libc::ENOENT, libc::EINVAL] {
             assert!(matches!(of(errno), Unusable::Lacking(_)), "{errno}");
         }
+    }
+
+    #[test]
+    fn what_kube_proxys_ipvs_mode_left_goes_and_others_stay() {
+        let host = Namespace::new();
+        host.sh("ip link add kube-ipvs0 type bridge; ip addr add 10.96.0.1/32 dev kube-ipvs0");
+        // As it has them, but for the sets.
+        for rule in [
+            "-t nat -N KUBE-SERVICES",
+            "-t nat -N KUBE-POSTROUTING",
+            "-t nat -N KUBE-NODE-PORT",
+            "-t nat -N KUBE-LOAD-BALANCER",
+            "-t nat -N KUBE-MARK-MASQ",
+            "-t nat -A PREROUTING -j KUBE-SERVICES",
+            "-t nat -A OUTPUT -j KUBE-SERVICES",
+            "-t nat -A POSTROUTING -j KUBE-POSTROUTING",
+            "-t nat -A KUBE-SERVICES -j KUBE-LOAD-BALANCER",
+            "-t nat -A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODE-PORT",
+            "-t nat -A KUBE-LOAD-BALANCER -j KUBE-MARK-MASQ",
+            "-t filter -N KUBE-FORWARD",
+            "-t filter -N KUBE-NODE-PORT",
+            "-t filter -N KUBE-PROXY-FIREWALL",
+            "-t filter -N KUBE-SOURCE-RANGES-FIREWALL",
+            "-t filter -N KUBE-IPVS-FILTER",
+            "-t filter -N KUBE-IPVS-OUT-FILTER",
+            "-t filter -A INPUT -j KUBE-IPVS-FILTER",
+            "-t filter -A INPUT -j KUBE-PROXY-FIREWALL",
+            "-t filter -A INPUT -j KUBE-NODE-PORT",
+            "-t filter -A OUTPUT -j KUBE-IPVS-OUT-FILTER",
+            "-t filter -A FORWARD -j KUBE-FORWARD",
+            "-t filter -A KUBE-PROXY-FIREWALL -j KUBE-SOURCE-RANGES-FIREWALL",
+            "-t filter -N MINE",
+            "-t filter -A INPUT -j MINE",
+        ] {
+            host.sh(&format!("iptables {rule}"));
+        }
+        host.run(|| remove_all().unwrap());
+        let left = host.sh("iptables-save; ip -o link");
+        assert!(!left.contains("KUBE-") && !left.contains("kube-ipvs0"), "{left}");
+        assert!(left.contains("-A INPUT -j MINE"), "{left}");
     }
 
     #[test]

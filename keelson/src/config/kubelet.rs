@@ -13,7 +13,10 @@ use anyhow::Context;
 use k8s_openapi::api::core::v1::Taint;
 use serde::{Deserialize, Deserializer};
 
-use super::{Field, Type, duration};
+use super::{Field, Type, Unknown, duration};
+
+const KIND: &str = "KubeletConfiguration";
+const GROUP: &str = "kubelet.config.k8s.io/v1beta1";
 
 const BOOL: Field = Field::Supported(Type::Bool);
 const INTEGER: Field = Field::Supported(Type::Integer);
@@ -369,8 +372,7 @@ impl KubeletSettings {
     /// # Errors
     /// When the file can't be read or something in it is wrong.
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
-        let checked =
-            super::read(path, "KubeletConfiguration", "kubelet.config.k8s.io/v1beta1", FIELDS)?;
+        let checked = super::read(path, KIND, GROUP, FIELDS, Unknown::Refused)?;
         for field in checked.unsupported {
             tracing::warn!(file = %path.display(), "{field}");
         }

@@ -2,12 +2,15 @@
 //!
 //! Three things can be with a field. It is supported: it takes effect. It is documented but not
 //! supported here: a warning names it. It is wrong (unknown, or of another type): an error names it
-//! with its line, and nothing starts.
+//! with its line, and nothing starts. kube-proxy goes on with a warning where a field is unknown or
+//! stands twice, and so does this ([`Unknown::Warned`]): old files keep fields that are long gone.
 
 pub(crate) mod duration;
 mod kubelet;
 mod proxy;
 mod proxy_flags;
+mod proxy_logging;
+pub(crate) mod watch;
 
 use std::{borrow::Cow, net::IpAddr, path::Path};
 
@@ -19,6 +22,7 @@ use serde_json::{Map, Value};
 pub(crate) use kubelet::KubeletSettings;
 pub(crate) use proxy::ProxySettings;
 pub(crate) use proxy_flags::ProxyFlags;
+pub(crate) use proxy_logging::ProxyLogging;
 
 /// The largest config file that is read.
 const MAX_BYTES: u64 = 1 << 20;
@@ -154,6 +158,15 @@ fn is_amount(text: &str) -> bool {
     Quantity::parse(text).is_ok_and(|amount| amount >= Quantity::ZERO)
 }
 
+/// What becomes of fields that are not documented, or stand twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unknown {
+    /// They are an error.
+    Refused,
+    /// They have no effect (the last one of two has), and are named in a warning.
+    Warned,
+}
+
 /// A config file as read: its fields, and what of them has no effect.
 #[derive(Debug)]
 struct Checked {
@@ -162,7 +175,13 @@ struct Checked {
 }
 
 /// Reads a config file of the given kind and holds it against the table of its fields.
-fn read(path: &Path, kind: &str, group: &str, table: &[(&str, Field)]) -> anyhow::Result<Checked> {
+fn read(
+    path: &Path,
+    kind: &str,
+    group: &str,
+    table: &[(&str, Field)],
+    unknown: Unknown,
+) -> anyhow::Result<Checked> {
     let context = || format!("config file {}", path.display());
     let size = std::fs::metadata(path).with_context(context)?.len();
     if size > MAX_BYTES {
@@ -172,11 +191,21 @@ fn read(path: &Path, kind: &str, group: &str, table: &[(&str, Field)]) -> anyhow
         );
     }
     let text = std::fs::read(path).with_context(context)?;
-    check(&text, kind, group, table).with_context(context)
+    check(&text, kind, group, table, unknown).with_context(context)
 }
 
-fn check(text: &[u8], kind: &str, group: &str, table: &[(&str, Field)]) -> anyhow::Result<Checked> {
-    let document = keelson_api::yaml::document(text, keelson_api::yaml::Limits::default())?;
+fn check(
+    text: &[u8],
+    kind: &str,
+    group: &str,
+    table: &[(&str, Field)],
+    unknown: Unknown,
+) -> anyhow::Result<Checked> {
+    let limits = keelson_api::yaml::Limits::default();
+    let (document, repeated) = match unknown {
+        Unknown::Refused => (keelson_api::yaml::document(text, limits)?, None),
+        Unknown::Warned => keelson_api::yaml::lenient_document(text, limits)?,
+    };
     let text = String::from_utf8_lossy(text);
     let Value::Object(mut fields) = document else {
         bail!("line 1: a {kind} is a map of fields");
@@ -197,42 +226,79 @@ fn check(text: &[u8], kind: &str, group: &str, table: &[(&str, Field)]) -> anyho
             version.unwrap_or(Value::Null)
         );
     }
-    let mut unsupported = Vec::new();
-    check_fields(&fields, table, &mut Vec::new(), &text, &mut unsupported)?;
+    let repeated = repeated.map(|error| format!("{error}; the last one counts"));
+    let mut check = Check {
+        text: &text,
+        unknown,
+        path: Vec::new(),
+        unsupported: repeated.into_iter().collect(),
+    };
+    check.fields(&fields, table)?;
+    let unsupported = check.unsupported;
     Ok(Checked { fields: Value::Object(fields), unsupported })
 }
 
-fn check_fields<'a>(
-    fields: &'a Map<String, Value>,
-    table: &[(&str, Field)],
-    path: &mut Vec<&'a str>,
-    text: &str,
-    unsupported: &mut Vec<String>,
-) -> anyhow::Result<()> {
-    for (name, value) in fields {
-        path.push(name);
-        let line = line_of(text, path);
-        match table.iter().find(|(known, _)| known == name) {
-            None => bail!("line {line}: unknown field {:?}", path.join(".")),
+/// What is on the way through a file's fields.
+struct Check<'a> {
+    text: &'a str,
+    unknown: Unknown,
+    path: Vec<&'a str>,
+    unsupported: Vec<String>,
+}
+
+impl<'a> Check<'a> {
+    fn fields(
+        &mut self,
+        fields: &'a Map<String, Value>,
+        table: &[(&str, Field)],
+    ) -> anyhow::Result<()> {
+        for (name, value) in fields {
+            self.path.push(name);
+            let known = table.iter().find(|(known, _)| known == name);
+            self.field(known.map(|(_, field)| *field), value)?;
+            self.path.pop();
+        }
+        Ok(())
+    }
+
+    fn field(&mut self, known: Option<Field>, value: &'a Value) -> anyhow::Result<()> {
+        let (line, path) = (line_of(self.text, &self.path), self.path.join("."));
+        match known {
+            None if self.unknown == Unknown::Refused => {
+                bail!("line {line}: unknown field {path:?}")
+            }
+            None => self.unsupported.push(format!("line {line}: unknown field {path:?}")),
             _ if value.is_null() => {}
-            Some((_, Field::Supported(kind))) if !kind.fits(value) => {
-                bail!("line {line}: {}: {} is wanted, not {value}", path.join("."), kind.name());
+            Some(Field::Supported(kind)) if !kind.fits(value) => {
+                bail!("line {line}: {path}: {} is wanted, not {value}", kind.name());
             }
-            Some((_, Field::Supported(_))) => {}
-            Some((_, Field::Unsupported)) => {
-                unsupported.push(format!("line {line}: {} has no effect here yet", path.join(".")));
+            Some(Field::Supported(_)) => {}
+            Some(Field::Unsupported) => {
+                self.unsupported.push(format!("line {line}: {path} has no effect here yet"));
             }
-            Some((_, Field::NoEffect(why))) => {
-                unsupported.push(format!("line {line}: {} has no effect: {why}", path.join(".")));
+            Some(Field::NoEffect(_)) if self.unknown == Unknown::Warned && says_nothing(value) => {}
+            Some(Field::NoEffect(why)) => {
+                self.unsupported.push(format!("line {line}: {path} has no effect: {why}"));
             }
-            Some((_, Field::Object(table))) => match value {
-                Value::Object(fields) => check_fields(fields, table, path, text, unsupported)?,
-                _ => bail!("line {line}: {}: an object is wanted, not {value}", path.join(".")),
+            Some(Field::Object(table)) => match value {
+                Value::Object(fields) => self.fields(fields, table)?,
+                _ => bail!("line {line}: {path}: an object is wanted, not {value}"),
             },
         }
-        path.pop();
+        Ok(())
     }
-    Ok(())
+}
+
+/// Whether a value is Go's way of saying nothing: a file that a program wrote has all fields.
+fn says_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => matches!(text.as_str(), "" | "0" | "0s"),
+        Value::Array(all) => all.is_empty(),
+        Value::Object(fields) => fields.values().all(says_nothing),
+    }
 }
 
 /// The line that a field stands on: the last of a run of lines that begin with the path's keys in
@@ -265,7 +331,8 @@ mod tests {
     ];
 
     fn checked(body: &str) -> anyhow::Result<Checked> {
-        check(format!("kind: K\napiVersion: g/v1\n{body}").as_bytes(), "K", "g/v1", TABLE)
+        let text = format!("kind: K\napiVersion: g/v1\n{body}");
+        check(text.as_bytes(), "K", "g/v1", TABLE, Unknown::Refused)
     }
 
     #[test]
@@ -289,7 +356,25 @@ mod tests {
         ] {
             assert_eq!(checked(body).unwrap_err().to_string(), message);
         }
-        let error = check(b"kind: Other\n", "K", "g/v1", TABLE).unwrap_err().to_string();
+        let error =
+            check(b"kind: Other\n", "K", "g/v1", TABLE, Unknown::Refused).unwrap_err().to_string();
         assert_eq!(error, "line 1: kind K is wanted, not \"Other\"");
+    }
+
+    #[test]
+    fn where_kube_proxy_goes_on_with_a_warning_so_does_this() {
+        let text = b"kind: K\napiVersion: g/v1\nprot: 1\nport: 1\ninner:\n  nam: x\nport: 2\n";
+        let config = check(text, "K", "g/v1", TABLE, Unknown::Warned).unwrap();
+        assert_eq!(config.fields["port"], 2);
+        assert_eq!(
+            config.unsupported,
+            [
+                "line 7: key \"port\" stands here for a second time; the last one counts",
+                "line 6: unknown field \"inner.nam\"",
+                "line 3: unknown field \"prot\"",
+            ]
+        );
+        let wrong = b"kind: K\napiVersion: g/v1\nport: x\n";
+        assert!(check(wrong, "K", "g/v1", TABLE, Unknown::Warned).is_err());
     }
 }

@@ -11,7 +11,7 @@ use anyhow::Context;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Field, ProxyFlags, Type};
+use super::{Field, ProxyFlags, Type, Unknown};
 
 const KIND: &str = "KubeProxyConfiguration";
 const GROUP: &str = "kubeproxy.config.k8s.io/v1alpha1";
@@ -82,7 +82,7 @@ const FIELDS: &[(&str, Field)] = &[
             ("udpTimeout", IPVS),
         ]),
     ),
-    ("logging", Field::NoEffect("--log-level and --log-format say what is logged")),
+    ("logging", Field::NoEffect("--v and --logging-format say what is logged")),
     ("metricsBindAddress", TEXT),
     ("mode", TEXT),
     (
@@ -188,21 +188,38 @@ impl ProxySettings {
     pub(crate) fn read(path: Option<&Path>, flags: &ProxyFlags) -> anyhow::Result<Self> {
         let mut fields = Value::Object(Map::new());
         if let Some(path) = path {
-            let checked = super::read(path, KIND, GROUP, FIELDS)?;
+            let checked = super::read(path, KIND, GROUP, FIELDS, Unknown::Warned)?;
             for field in checked.unsupported {
                 tracing::warn!(file = %path.display(), "{field}");
             }
-            fields = checked.fields;
+            fields = without_nothing(checked.fields);
         }
-        for name in flags.without_effect() {
-            tracing::warn!("{name} has no effect");
+        for (name, why) in flags.without_effect() {
+            tracing::warn!("{name} has no effect: {why}");
         }
         merge(&mut fields, flags.fields());
-        serde_json::from_value(fields).with_context(|| match path {
+        let mut settings: Self = serde_json::from_value(fields).with_context(|| match path {
             Some(path) => format!("config file {}", path.display()),
             None => "flags".to_owned(),
-        })
+        })?;
+        // As kube-proxy has it: an empty name is none, and upper case is lower case.
+        settings.hostname_override = settings
+            .hostname_override
+            .map(|name| name.trim().to_lowercase())
+            .filter(|name| !name.is_empty());
+        Ok(settings)
     }
+}
+
+/// Without fields that say nothing: absent ones have their defaults. Empty addresses are such too,
+/// as with kube-proxy; only a flag can say that nothing is to be served.
+fn without_nothing(mut fields: Value) -> Value {
+    for address in ["healthzBindAddress", "metricsBindAddress"] {
+        if fields[address] == "" {
+            fields[address] = Value::Null;
+        }
+    }
+    super::proxy_flags::given(fields)
 }
 
 /// Puts the fields of `over` over those of `fields`.
@@ -238,5 +255,44 @@ mod tests {
     #[test]
     fn the_table_is_sorted_so_that_nothing_stands_twice() {
         assert!(FIELDS.windows(2).all(|pair| pair[0].0 < pair[1].0));
+    }
+
+    /// What kubeadm's ConfigMap has when nobody has asked for anything.
+    #[test]
+    fn a_config_of_all_fields_that_say_nothing_is_that_of_the_defaults() {
+        let text = "kind: KubeProxyConfiguration\napiVersion: kubeproxy.config.k8s.io/v1alpha1\n\
+            bindAddress: 0.0.0.0\nbindAddressHardFail: false\n\
+            clientConnection: {acceptContentTypes: '', burst: 0, contentType: '', qps: 0,\n  \
+            kubeconfig: /var/lib/kube-proxy/kubeconfig.conf}\n\
+            clusterCIDR: 10.244.0.0/16\nconfigSyncPeriod: 0s\n\
+            conntrack: {maxPerCore: null, min: null, tcpBeLiberal: false, tcpCloseWaitTimeout: null,\n  \
+            tcpEstablishedTimeout: null, udpStreamTimeout: 0s, udpTimeout: 0s}\n\
+            detectLocal: {bridgeInterface: '', interfaceNamePrefix: ''}\ndetectLocalMode: ''\n\
+            enableProfiling: false\nhealthzBindAddress: ''\nhostnameOverride: ''\n\
+            iptables: {localhostNodePorts: null, masqueradeAll: false, masqueradeBit: null,\n  \
+            minSyncPeriod: 0s, syncPeriod: 0s}\n\
+            ipvs: {excludeCIDRs: null, minSyncPeriod: 0s, scheduler: '', strictARP: false,\n  \
+            syncPeriod: 0s, tcpFinTimeout: 0s, tcpTimeout: 0s, udpTimeout: 0s}\n\
+            logging: {flushFrequency: 0, options: {json: {infoBufferSize: '0'}}, verbosity: 0}\n\
+            metricsBindAddress: ''\nmode: ''\n\
+            nftables: {masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}\n\
+            nodePortAddresses: null\noomScoreAdj: null\nportRange: ''\n\
+            showHiddenMetricsForVersion: ''\nwinkernel: {enableDSR: false, networkName: ''}\n";
+        let checked =
+            crate::config::check(text.as_bytes(), KIND, GROUP, FIELDS, Unknown::Warned).unwrap();
+        assert_eq!(checked.unsupported, [""; 0], "nothing to be warned about");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.conf");
+        std::fs::write(&path, text).unwrap();
+        let settings = ProxySettings::read(Some(&path), &ProxyFlags::default()).unwrap();
+        let config = |settings: &ProxySettings| {
+            let cidr = "10.244.0.0/16".parse().unwrap();
+            crate::proxy::config(settings, "n", Vec::new(), Some(cidr)).unwrap()
+        };
+        assert_eq!(config(&settings), config(&ProxySettings::default()));
+        assert_eq!(settings.hostname_override, None);
+        let none = ProxyFlags { metrics_bind_address: Some(String::new()), ..Default::default() };
+        let settings = ProxySettings::read(Some(&path), &none).unwrap();
+        assert_eq!(config(&settings).metrics_bind_address, None, "a flag switches it off");
     }
 }

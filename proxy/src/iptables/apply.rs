@@ -10,9 +10,10 @@ use keelson_api::object::ObjectKey;
 
 use super::{
     Settings, Variant,
-    base::{CHAINS, GUARD},
+    base::{CHAINS, GUARD, guard},
     canary::Canary,
     chain::Table,
+    counters::Counters,
     held::{Delta, Held, Jump, Next, Present},
     observe,
     program::Programs,
@@ -21,7 +22,7 @@ use super::{
     service::{Look, Rendered},
 };
 use crate::{
-    backend::{Applied, Backend, BackendError, Forget, Goal},
+    backend::{Applied, Backend, BackendError, Forget, Goal, TableRules},
     config::DetectLocal,
     model::{Family, Protocol},
     ruleset::{AddressSet, Unit, desired::Desired},
@@ -82,6 +83,11 @@ impl Rules {
         Canary::new(Arc::clone(&self.programs), Arc::clone(&self.held))
     }
 
+    /// What reads how many packets met the rules that count them.
+    pub(crate) fn counters(&self) -> Counters {
+        Counters::new(Arc::clone(&self.programs))
+    }
+
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -131,6 +137,9 @@ impl Rules {
         }
         applied.elements += script.rules();
         held.enter(next, delta);
+        for table in [Table::Filter, Table::Nat] {
+            applied.count(table, held.present.rules(table), script.written(table));
+        }
         Ok(())
     }
 
@@ -206,6 +215,34 @@ impl Rules {
         Ok(applied)
     }
 
+    /// Has node ports answer on loopback, if that is wanted: what needs more rights than writing
+    /// rules does.
+    ///
+    /// # Errors
+    /// When the guard can't be written, without which it would be dangerous.
+    pub(crate) fn open_loopback(&self) -> Result<(), BackendError> {
+        if !self.settings.node_ports_on_loopback() {
+            return Ok(());
+        }
+        let mut present = read(&self.programs)?;
+        let mut delta = Delta::default();
+        for guest in guard().into_iter().filter(|guest| !present.guests.contains(guest)) {
+            let at = (guest.table, guest.chain);
+            if guest.chain == GUARD && present.guest_chains.insert(at) {
+                delta.guest_chains.push(at);
+            }
+            delta.guests.push(guest);
+        }
+        // The chain before those who jump there.
+        delta.guests.sort_by_key(|guest| guest.chain != GUARD);
+        let input = Script::of(&delta).text();
+        if !input.is_empty() {
+            self.programs.restore(input)?;
+        }
+        self.route_localnet();
+        Ok(())
+    }
+
     /// After the rules that guard against its misuse are in force, and never without them.
     fn route_localnet(&self) {
         if !self.settings.node_ports_on_loopback() {
@@ -216,6 +253,19 @@ impl Rules {
                 %error, setting = ROUTE_LOCALNET,
                 "node ports won't answer on loopback addresses; set it, or localhostNodePorts to false"
             );
+        }
+    }
+}
+
+impl Applied {
+    fn count(&mut self, table: Table, rules: usize, written: usize) {
+        let table = table.as_str();
+        match self.tables.iter_mut().find(|counted| counted.table == table) {
+            Some(counted) => {
+                counted.rules = rules;
+                counted.written += written;
+            }
+            None => self.tables.push(TableRules { table, rules, written }),
         }
     }
 }
@@ -335,6 +385,7 @@ fn remove(programs: &Programs) -> Result<(), BackendError> {
     delta.unchained = CHAINS.into_iter().filter(|at| present.base.contains_key(at)).collect();
     let places = present.places.keys().map(|place| (place.table(), place.name()));
     delta.unchained.extend(places);
+    delta.unchained.extend(present.of_ipvs);
     if !guarded {
         delta.unchained.extend(present.guest_chains);
     }

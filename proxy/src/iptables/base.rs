@@ -25,8 +25,10 @@ pub(crate) const MARK_OUTSIDE: &str = "KUBE-MARK-OUTSIDE";
 pub(crate) const CANARY: &str = "KUBE-PROXY-CANARY";
 /// Guards loopback. Kubelets make it too, so other rules in it stay.
 pub(crate) const GUARD: &str = "KUBE-FIREWALL";
-const POSTROUTING: &str = "KUBE-POSTROUTING";
-const FORWARD: &str = "KUBE-FORWARD";
+/// Masquerades what was marked.
+pub(crate) const POSTROUTING: &str = "KUBE-POSTROUTING";
+/// Lets Services' traffic through.
+pub(crate) const FORWARD: &str = "KUBE-FORWARD";
 
 /// All chains of fixed content that are the proxy's alone.
 pub(crate) const CHAINS: [(Table, &str); 7] = [
@@ -37,6 +39,16 @@ pub(crate) const CHAINS: [(Table, &str); 7] = [
     (Table::Nat, MARK),
     (Table::Nat, MARK_OUTSIDE),
     (Table::Nat, POSTROUTING),
+];
+
+/// Chains that only kube-proxy's ipvs mode has. A clean-up removes them.
+pub(crate) const OF_IPVS: [(Table, &str); 6] = [
+    (Table::Filter, "KUBE-IPVS-FILTER"),
+    (Table::Filter, "KUBE-IPVS-OUT-FILTER"),
+    (Table::Filter, "KUBE-NODE-PORT"),
+    (Table::Filter, "KUBE-SOURCE-RANGES-FIREWALL"),
+    (Table::Nat, "KUBE-LOAD-BALANCER"),
+    (Table::Nat, "KUBE-NODE-PORT"),
 ];
 
 /// A chain of fixed content.
@@ -125,7 +137,7 @@ impl Settings {
         let mut rules = Vec::new();
         if !self.tcp_be_liberal {
             // Such packets would go on untranslated, and the client would answer with a reset.
-            rules.push(Rule::new().words("-m conntrack --ctstate INVALID").jump("DROP"));
+            rules.push(drops_invalid());
         }
         rules.push(
             Rule::new()
@@ -145,23 +157,18 @@ impl Settings {
     fn marking(&self, random_fully: bool) -> Vec<BaseChain> {
         let masquerade = if random_fully { "MASQUERADE --random-fully" } else { "MASQUERADE" };
         let nat = |name, rules| BaseChain { table: Table::Nat, name, rules };
+        let mut postrouting = vec![
+            Rule::new().words(format_args!("-m mark ! --mark {}", self.mark())).jump("RETURN"),
+            // Taken off again, so that a packet that comes back here isn't masqueraded twice.
+            Rule::new().jump(format_args!("MARK --set-xmark {:#x}/0x0", self.masquerade_mark)),
+            Rule::new().comment("kubernetes service traffic requiring SNAT").jump(masquerade),
+        ];
+        if self.node_ports_on_loopback() {
+            postrouting.insert(1, counts_localhost());
+        }
         let mut chains = vec![
             nat(MARK, vec![Rule::new().jump(format_args!("MARK --set-xmark {}", self.mark()))]),
-            nat(
-                POSTROUTING,
-                vec![
-                    Rule::new()
-                        .words(format_args!("-m mark ! --mark {}", self.mark()))
-                        .jump("RETURN"),
-                    // Taken off again, so that a packet that comes back here isn't masqueraded
-                    // twice.
-                    Rule::new()
-                        .jump(format_args!("MARK --set-xmark {:#x}/0x0", self.masquerade_mark)),
-                    Rule::new()
-                        .comment("kubernetes service traffic requiring SNAT")
-                        .jump(masquerade),
-                ],
-            ),
+            nat(POSTROUTING, postrouting),
         ];
         let pods = self.pods_are_from();
         if pods.len() > 1 {
@@ -228,6 +235,20 @@ impl Settings {
     }
 }
 
+/// Drops what the connection table can't place, in [`FORWARD`].
+pub(crate) fn drops_invalid() -> Arc<str> {
+    Rule::new().words("-m conntrack --ctstate INVALID").jump("DROP")
+}
+
+/// Counts connections to node ports on loopback, in [`POSTROUTING`]: they are all marked, and only
+/// their first packet gets there.
+pub(crate) fn counts_localhost() -> Arc<str> {
+    Rule::new()
+        .comment("connections to node ports on loopback")
+        .words("-m conntrack --ctorigdst 127.0.0.0/8")
+        .end()
+}
+
 fn loopback(family: Family) -> &'static str {
     match family {
         Family::V4 => "127.0.0.0/8",
@@ -272,7 +293,7 @@ fn jumps() -> Vec<Guest> {
 
 /// With `route_localnet`, which node ports on loopback need, neighbours could reach what listens on
 /// 127.0.0.0/8 (CVE-2020-8558).
-fn guard() -> Vec<Guest> {
+pub(crate) fn guard() -> Vec<Guest> {
     let guest = |chain, rule| Guest { table: Table::Filter, chain, rule };
     vec![
         guest("INPUT", Rule::new().jump(GUARD)),

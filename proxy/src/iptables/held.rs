@@ -18,9 +18,12 @@ use crate::ruleset::Frontend;
 /// From how many removals on a chain is written anew: each means a walk through the chain.
 const ANEW: usize = 32;
 
-/// Rules' fingerprint.
+/// Rules' fingerprint, and how many they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Content(u64);
+pub(crate) struct Content {
+    digest: u64,
+    rules: u32,
+}
 
 impl Content {
     /// That of these rules, in this order.
@@ -33,17 +36,21 @@ impl Content {
 
 /// A [`Content`] that is being made.
 #[derive(Debug, Default)]
-pub(crate) struct Contents(DefaultHasher);
+pub(crate) struct Contents {
+    hasher: DefaultHasher,
+    rules: u32,
+}
 
 impl Contents {
     /// One more rule.
     pub(crate) fn add(&mut self, rule: &str) {
-        rule.hash(&mut self.0);
+        rule.hash(&mut self.hasher);
+        self.rules += 1;
     }
 
     /// All of them.
     pub(crate) fn finish(&self) -> Content {
-        Content(self.0.finish())
+        Content { digest: self.hasher.finish(), rules: self.rules }
     }
 }
 
@@ -67,6 +74,8 @@ pub(crate) struct Present {
     pub(crate) guest_chains: BTreeSet<(Table, &'static str)>,
     /// Chains of earlier proxies.
     pub(crate) outdated: Vec<String>,
+    /// Chains of kube-proxy's ipvs mode.
+    pub(crate) of_ipvs: Vec<(Table, &'static str)>,
     /// All rules in others' chains that lead to a proxy's.
     pub(crate) jumps: Vec<Jump>,
 }
@@ -329,6 +338,18 @@ impl Present {
     /// Whether nothing of a proxy is there.
     pub(crate) fn is_empty(&self) -> bool {
         self.places.is_empty() && self.base.is_empty() && self.own.is_empty()
+    }
+
+    /// How many rules of the proxy are in a table.
+    pub(crate) fn rules(&self, table: Table) -> usize {
+        let own = self.own.values().filter(|_| table == Table::Nat);
+        let base = self.base.iter().filter(|((t, _), _)| *t == table).map(|(_, content)| content);
+        let places = self.places.iter().filter(|(place, _)| place.table() == table);
+        let tail = if table == Table::Nat { self.tail.len() } else { 0 };
+        own.chain(base).map(|content| content.rules as usize).sum::<usize>()
+            + places.map(|(_, lines)| lines.set.len()).sum::<usize>()
+            + self.guests.iter().filter(|guest| guest.table == table).count()
+            + tail
     }
 
     fn plan_base(&self, base: &Base, delta: &mut Delta) {

@@ -255,6 +255,55 @@ fn a_restart_writes_nothing_and_a_change_only_what_it_is() {
     }
 }
 
+#[test]
+fn rules_and_the_packets_that_met_them_are_counted() {
+    for variant in [Variant::Nft, Variant::Legacy] {
+        let family = Family::V4;
+        let host = Namespace::new();
+        host.sh("ip addr add 10.244.9.2/32 dev lo");
+        let mut proxy = Proxy::start(&host, Settings { variant, ..settings(family) });
+        let mut last = proxy.synchronize();
+        for object in everything(family) {
+            last = proxy.apply(object);
+        }
+        let iptables = program(family, variant);
+        let in_table = |table: &str| {
+            let count = format!("{iptables}-save -t {table} 2>/dev/null | grep -c -- ^-A");
+            host.sh(&count).trim().parse::<usize>().unwrap()
+        };
+        let of = |applied: &Applied, table: &str| {
+            *applied.tables.iter().find(|counted| counted.table == table).unwrap()
+        };
+        for table in ["filter", "nat"] {
+            assert_eq!(of(&last, table).rules, in_table(table), "{variant:?} {table}");
+        }
+        let ports = json!([{"name": "p80", "port": 80, "nodePort": 30_007}]);
+        let spec = json!({"type": "NodePort", "ports": ports});
+        let refused = proxy.apply(service(family, 7, spec, Value::Null));
+        assert_eq!((of(&refused, "filter").written, of(&refused, "nat").written), (2, 0));
+        let served = proxy.apply(slice(family, 7, &[(9, true, true)]));
+        assert_eq!((of(&served, "filter").written, of(&served, "nat").rules), (0, in_table("nat")));
+
+        let counters = proxy.rules.counters();
+        let before = counters.read().unwrap();
+        assert_eq!((before.invalid_dropped, before.localhost_accepted), (0, 0), "{variant:?}");
+        host.run(|| {
+            let listener = std::net::TcpListener::bind("10.244.9.2:8080").unwrap();
+            for _ in 0..2 {
+                std::net::TcpStream::connect("127.0.0.1:30007").unwrap();
+                listener.accept().unwrap();
+            }
+            // The address itself is no node port on loopback.
+            std::net::TcpStream::connect("10.244.9.2:8080").unwrap();
+        });
+        host.sh(&format!(
+            "{iptables} -R KUBE-FORWARD 1 -m conntrack --ctstate INVALID -j DROP -c 7 420"
+        ));
+        let after = counters.read().unwrap();
+        assert_eq!((after.invalid_dropped, after.localhost_accepted), (7, 2), "{variant:?}");
+    }
+}
+
 fn sorted(text: &str) -> Vec<&str> {
     let mut lines: Vec<&str> = text.lines().collect();
     lines.sort_unstable();

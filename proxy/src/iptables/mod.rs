@@ -11,7 +11,7 @@
 //! writes a rule just as `iptables-save` prints it, so that what is there can be compared with what
 //! should be; [`service`] and [`base`] are pure; [`held`] plans the difference; [`observe`] reads
 //! what is there; [`apply`] writes, with [`program`]; [`canary`] notices when others write;
-//! [`text`] shows all rules without a kernel.
+//! [`counters`] reads how many packets met a rule; [`text`] shows all rules without a kernel.
 //!
 //! ```text
 //!  nat     PREROUTING, OUTPUT ─► KUBE-SERVICES ─┬─► KUBE-SVC-… ─► KUBE-SEP-…: DNAT
@@ -32,6 +32,7 @@ pub(crate) mod base;
 pub(crate) mod canary;
 pub(crate) mod chain;
 mod compare;
+pub(crate) mod counters;
 pub(crate) mod held;
 pub(crate) mod observe;
 pub(crate) mod program;

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    base::{CHAINS, GUARD, all_guests},
+    base::{CHAINS, GUARD, OF_IPVS, all_guests},
     chain::{OwnChain, Place, Table, is_outdated},
     held::{Contents, Jump, Lines, Present},
 };
@@ -41,7 +41,8 @@ pub(crate) fn read(table: Table, text: &str, present: &mut Present) {
                 Reader::Other if table == Table::Nat && is_outdated(name) => {
                     present.outdated.push(name.to_owned());
                 }
-                Reader::Guests | Reader::Other => {}
+                Reader::Other => present.of_ipvs.extend(of_ipvs(table, name)),
+                Reader::Guests => {}
             }
             continue;
         }
@@ -64,6 +65,11 @@ pub(crate) fn read(table: Table, text: &str, present: &mut Present) {
     present.base.extend(base);
 }
 
+/// The chain of kube-proxy's ipvs mode with this name.
+fn of_ipvs(table: Table, chain: &str) -> Option<(Table, &'static str)> {
+    OF_IPVS.into_iter().find(|(t, name)| *t == table && *name == chain)
+}
+
 fn reader(table: Table, chain: &str) -> Reader {
     if table == Table::Nat
         && let Some(chain) = OwnChain::parse(chain)
@@ -84,6 +90,7 @@ fn reader(table: Table, chain: &str) -> Reader {
 fn read_jump(table: Table, chain: &str, rule: &str, present: &mut Present) {
     let ours = |target: &str| {
         target == GUARD
+            || of_ipvs(table, target).is_some()
             || CHAINS.iter().any(|(t, name)| *t == table && *name == target)
             || Place::ALL.iter().any(|p| p.table() == table && p.name() == target)
     };

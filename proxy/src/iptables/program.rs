@@ -140,6 +140,25 @@ impl Programs {
         }
     }
 
+    /// The rules of a chain with how many packets each has met; none if there is no such chain.
+    ///
+    /// # Errors
+    /// When the program can't be run.
+    pub(crate) fn counted(&self, table: Table, chain: &str) -> Result<String, BackendError> {
+        let main = find(&self.name)?;
+        let arguments = ["-w", WAIT, "-t", table.as_str(), "-v", "-S", chain];
+        let arguments: Vec<String> = arguments.iter().map(|a| (*a).to_owned()).collect();
+        let output = self.output(&main, arguments, None)?;
+        match output.status.code() {
+            Some(0) => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+            Some(NO_SUCH_CHAIN) => Ok(String::new()),
+            _ => {
+                let message = String::from_utf8_lossy(&output.stderr);
+                Err(self.error(explain(&message, None, &output.status.to_string())))
+            }
+        }
+    }
+
     /// Writes one of the kernel's settings, in the namespace of the rules.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ struct Part {
     rules: String,
     removed: String,
     count: usize,
+    written: usize,
 }
 
 impl Part {
@@ -26,10 +27,12 @@ impl Part {
     }
 
     fn append(&mut self, chain: impl Display, rule: &str) {
+        self.written += 1;
         self.rule("-A", chain, rule);
     }
 
     fn insert(&mut self, chain: impl Display, rule: &str) {
+        self.written += 1;
         self.rule("-I", chain, rule);
     }
 
@@ -85,6 +88,15 @@ impl Script {
     /// How many rules are written, or taken away.
     pub(crate) fn rules(&self) -> usize {
         [&self.mangle, &self.filter, &self.nat, &self.filter_after].iter().map(|p| p.count).sum()
+    }
+
+    /// How many rules are written to a table.
+    pub(crate) fn written(&self, table: Table) -> usize {
+        match table {
+            Table::Mangle => self.mangle.written,
+            Table::Filter => self.filter.written + self.filter_after.written,
+            Table::Nat => self.nat.written,
+        }
     }
 
     /// What brings a change about.

@@ -111,6 +111,7 @@ pub(super) fn written(
     applied: &Applied,
 ) {
     reports.metrics.synced(family, full, took);
+    reports.metrics.rules(family, &applied.tables);
     if let Some(why) = &applied.rebuilt {
         tracing::info!(
             family = family.as_str(),

@@ -1,18 +1,20 @@
 //! What the proxy can be told.
 
+mod document;
+
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+
+pub use document::REMOVE_STALE_TCP;
 
 use crate::model::Family;
 
 /// How rules are put into force.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// nftables, written over netlink.
     #[default]
@@ -37,8 +39,7 @@ impl Mode {
 /// How traffic of this node's pods is told from traffic of others (`detectLocalMode`). What comes
 /// to a cluster address from elsewhere is masqueraded, and pods may use addresses for the outside
 /// as if they were cluster addresses.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum DetectLocal {
     /// Nothing is known to come from pods, so nothing is masqueraded for coming from elsewhere.
     #[default]
@@ -54,7 +55,7 @@ pub enum DetectLocal {
 }
 
 /// Which of the node's addresses answer on node ports.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodePortAddresses {
     /// The node's own addresses, as its Node object has them: what kube-proxy's nftables mode does
     /// unless told otherwise.
@@ -64,8 +65,7 @@ pub enum NodePortAddresses {
 }
 
 /// The kernel's connection table. A limit or time-out that is `None` or zero stays as it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConntrackConfig {
     /// Connections for each CPU core.
     pub max_per_core: Option<u32>,
@@ -104,8 +104,7 @@ impl Default for ConntrackConfig {
 }
 
 /// What the proxy can be told. Names follow `KubeProxyConfiguration`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProxyConfig {
     /// The node's name: which endpoints are local, and whose addresses answer on node ports.
     pub node_name: String,
@@ -117,7 +116,6 @@ pub struct ProxyConfig {
     /// How rules are put into force.
     pub mode: Mode,
     /// Which families are served; empty for all that the kernel has.
-    #[serde(skip)]
     pub families: Vec<Family>,
     /// Which traffic comes from pods of this node or cluster.
     pub detect_local: DetectLocal,

@@ -1,4 +1,7 @@
-//! What the proxy measures, under kube-proxy's names.
+//! What the proxy measures, under kube-proxy's names, which [`documented`] lists.
+
+pub(crate) mod documented;
+pub(crate) mod packets;
 
 use std::time::Duration;
 
@@ -9,7 +12,10 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, core::Collector,
 };
 
-use crate::{config::Mode, model::Family};
+use crate::{backend::TableRules, config::Mode, model::Family};
+use documented::{Documented, Kind};
+
+const NO_LOCAL_ENDPOINTS: &str = "kubeproxy_sync_proxy_rules_no_local_endpoints_total";
 
 /// What the proxy measures. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -39,46 +45,85 @@ pub(crate) struct Metrics {
 /// Metrics that only one mode has.
 #[derive(Clone, Debug)]
 enum Own {
-    Nftables { sync_failures: IntCounterVec, cleanup_failures: IntCounterVec },
-    Iptables { restore_failures: IntCounterVec, partial_restore_failures: IntCounterVec },
-    Userspace { failures: IntCounterVec },
+    Nftables {
+        sync_failures: IntCounterVec,
+        cleanup_failures: IntCounterVec,
+    },
+    Iptables {
+        restore_failures: IntCounterVec,
+        partial_restore_failures: IntCounterVec,
+        rules: IntGaugeVec,
+        rules_written: IntGaugeVec,
+        invalid_dropped: IntCounter,
+        localhost_accepted: IntCounter,
+    },
+    Userspace {
+        failures: IntCounterVec,
+    },
 }
 
 impl Own {
     fn register(registry: &Registry, mode: Mode) -> Result<Self, prometheus::Error> {
-        let counter = |name: &str, help: &str| {
-            let counter = IntCounterVec::new(Opts::new(name, help), &["ip_family"])?;
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            let counter = IntCounterVec::new(Opts::new(name, help), labels)?;
             // A rate needs the zero before the first failure.
             for family in [Family::V4, Family::V6] {
                 counter.with_label_values(&[family.as_str()]).inc_by(0);
             }
             kept(registry, counter)
         };
+        let known = |name: &str, help: &str| counter(name, help, row(name)?.labels);
+        let gauge = |name: &str, help: &str| {
+            kept(registry, IntGaugeVec::new(Opts::new(name, help), row(name)?.labels)?)
+        };
         Ok(match mode {
             Mode::Nftables => Self::Nftables {
-                sync_failures: counter(
+                sync_failures: known(
                     "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
                     "Transactions that the kernel refused.",
                 )?,
-                cleanup_failures: counter(
+                cleanup_failures: known(
                     "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
                     "Removals of what is not needed any more that the kernel refused.",
                 )?,
             },
             Mode::Iptables => Self::Iptables {
-                restore_failures: counter(
+                restore_failures: known(
                     "kubeproxy_sync_proxy_rules_iptables_restore_failures_total",
                     "Times that iptables-restore failed.",
                 )?,
-                partial_restore_failures: counter(
+                partial_restore_failures: known(
                     "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total",
                     "Times that iptables-restore of single Services failed.",
+                )?,
+                rules: gauge(
+                    "kubeproxy_sync_proxy_rules_iptables_total",
+                    "Rules of the proxy that are in a table.",
+                )?,
+                rules_written: gauge(
+                    "kubeproxy_sync_proxy_rules_iptables_last",
+                    "Rules that the last change wrote to a table.",
+                )?,
+                invalid_dropped: kept(
+                    registry,
+                    IntCounter::new(
+                        "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
+                        "Packets that were dropped because the connection table can't place them.",
+                    )?,
+                )?,
+                localhost_accepted: kept(
+                    registry,
+                    IntCounter::new(
+                        "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
+                        "First packets of connections to node ports on loopback.",
+                    )?,
                 )?,
             },
             Mode::Userspace => Self::Userspace {
                 failures: counter(
                     "keelson_proxy_userspace_sync_failures_total",
                     "Changes of routes and listeners that failed.",
+                    &["ip_family"],
                 )?,
             },
         })
@@ -101,36 +146,37 @@ impl Metrics {
     /// When a name is registered already.
     pub(crate) fn for_mode(registry: &Registry, mode: Mode) -> Result<Self, prometheus::Error> {
         let family = &["ip_family"];
-        let sync_buckets = exponential_buckets(0.001, 2.0, 15);
-        let histogram = |name: &str, help: &str, buckets: &[f64]| {
-            let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
-            kept(registry, HistogramVec::new(options, family)?)
+        let histogram = |name: &str, help: &str| {
+            let row = row(name)?;
+            let mut options = HistogramOpts::new(name, help);
+            if let Kind::Histogram(buckets) = row.kind {
+                options = options.buckets(buckets.to_vec());
+            }
+            kept(registry, HistogramVec::new(options, row.labels)?)
         };
         let counter = |name: &str, help: &str, labels: &[&str]| {
             kept(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
         };
-        let gauge =
-            |name: &str, help: &str| kept(registry, GaugeVec::new(Opts::new(name, help), family)?);
+        let known = |name: &str, help: &str| counter(name, help, row(name)?.labels);
+        let gauge = |name: &str, help: &str| {
+            kept(registry, GaugeVec::new(Opts::new(name, help), row(name)?.labels)?)
+        };
         Ok(Self {
             sync: histogram(
                 "kubeproxy_sync_proxy_rules_duration_seconds",
                 "Time to write a change into the kernel.",
-                &sync_buckets,
             )?,
             sync_full: histogram(
                 "kubeproxy_sync_full_proxy_rules_duration_seconds",
                 "Time to compare everything with the kernel and write the difference.",
-                &sync_buckets,
             )?,
             sync_partial: histogram(
                 "kubeproxy_sync_partial_proxy_rules_duration_seconds",
                 "Time to write a change of single services into the kernel.",
-                &sync_buckets,
             )?,
             programming: histogram(
                 "kubeproxy_network_programming_duration_seconds",
                 "Time from a change of a pod or Service to the rules that follow it.",
-                &programming_buckets(),
             )?,
             last_sync: gauge(
                 "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
@@ -145,21 +191,19 @@ impl Metrics {
                 registry,
                 IntGaugeVec::new(
                     Opts::new(
-                        "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+                        NO_LOCAL_ENDPOINTS,
                         "Service ports with a Local traffic policy and no endpoint on this node.",
                     ),
-                    &["ip_family", "traffic_policy"],
+                    row(NO_LOCAL_ENDPOINTS)?.labels,
                 )?,
             )?,
-            conntrack_deleted: counter(
+            conntrack_deleted: known(
                 "kubeproxy_conntrack_reconciler_deleted_entries_total",
                 "Stale connections that were removed one by one.",
-                family,
             )?,
             conntrack_duration: histogram(
                 "kubeproxy_conntrack_reconciler_sync_duration_seconds",
                 "Time to remove stale connections.",
-                &sync_buckets,
             )?,
             drift: counter(
                 "keelson_proxy_drift_total",
@@ -194,8 +238,8 @@ impl Metrics {
                     "Changes of Services that are not in the kernel yet.",
                 )?,
             )?,
-            healthz: counter("kubeproxy_proxy_healthz_total", "Answers of /healthz.", &["code"])?,
-            livez: counter("kubeproxy_proxy_livez_total", "Answers of /livez.", &["code"])?,
+            healthz: known("kubeproxy_proxy_healthz_total", "Answers of /healthz.")?,
+            livez: known("kubeproxy_proxy_livez_total", "Answers of /livez.")?,
             elements: kept(
                 registry,
                 IntGaugeVec::new(
@@ -260,6 +304,23 @@ impl Metrics {
         }
     }
 
+    /// How many rules there are in each table now, and how many were written.
+    pub(crate) fn rules(&self, family: Family, tables: &[TableRules]) {
+        let Own::Iptables { rules, rules_written, .. } = &self.own else { return };
+        for table in tables {
+            let labels = &[family.as_str(), table.table];
+            rules.with_label_values(labels).set(table.rules as i64);
+            rules_written.with_label_values(labels).set(table.written as i64);
+        }
+    }
+
+    /// So many packets more met the rules that count them.
+    pub(crate) fn packets(&self, more: packets::Packets) {
+        let Own::Iptables { invalid_dropped, localhost_accepted, .. } = &self.own else { return };
+        invalid_dropped.inc_by(more.invalid_dropped);
+        localhost_accepted.inc_by(more.localhost_accepted);
+    }
+
     /// Another program was heard or found.
     pub(crate) fn drifted(&self, cause: &str) {
         self.drift.with_label_values(&[cause]).inc();
@@ -296,13 +357,10 @@ fn now_seconds() -> f64 {
     Timestamp::now().as_duration().as_secs_f64()
 }
 
-/// 0.25, 0.5, 1 to 60 by 1, 65 to 120 by 5, 150 to 300 by 30, as kube-proxy documents it.
-fn programming_buckets() -> Vec<f64> {
-    let mut buckets = vec![0.25, 0.5];
-    buckets.extend((1..=60).map(f64::from));
-    buckets.extend((65..=120).step_by(5).map(f64::from));
-    buckets.extend((150..=300).step_by(30).map(f64::from));
-    buckets
+/// What is documented of a metric.
+fn row(name: &str) -> Result<&'static Documented, prometheus::Error> {
+    documented::find(name)
+        .ok_or_else(|| prometheus::Error::Msg(format!("{name} is not among what is documented")))
 }
 
 #[cfg(test)]
@@ -310,10 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buckets_are_the_documented_ones() {
-        let buckets = programming_buckets();
-        assert_eq!(buckets.len(), 80);
-        assert_eq!((buckets[0], buckets[61], buckets[62], buckets[79]), (0.25, 60.0, 65.0, 300.0));
+    fn each_mode_has_its_own_metrics_from_the_start() {
         let registry = Registry::new();
         let metrics = Metrics::register(&registry).unwrap();
         metrics.synced(Family::V4, true, Duration::from_millis(3));
