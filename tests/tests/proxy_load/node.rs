@@ -146,6 +146,17 @@ impl Node {
         });
     }
 
+    /// Whether packets find their way to the Service that stays, in the iptables mode.
+    pub(crate) fn iptables_lead_to_services(&self) -> bool {
+        let saved = self.sh("iptables-save -t nat");
+        let hooked = |chain: &str| {
+            let begin = format!("-A {chain} ");
+            saved.lines().any(|l| l.starts_with(&begin) && l.ends_with("-j KUBE-SERVICES"))
+        };
+        let leads = saved.lines().any(|l| l.starts_with("-A KUBE-SERVICES -d 10.96.0.90/32"));
+        hooked("PREROUTING") && hooked("OUTPUT") && leads
+    }
+
     fn rules_of_others(&self, mode: Mode) -> Vec<String> {
         let mut left = Vec::new();
         for (other, script, mark) in [
