@@ -51,6 +51,8 @@ mod run_test;
 mod snapshot;
 mod start;
 mod sysctl;
+#[cfg(test)]
+mod until;
 mod userspace;
 mod watches;
 

@@ -1,11 +1,7 @@
 //! The loop against a kernel: changes go in by its queue, packets and the kernel's tables tell what
 //! came of them.
 
-use std::{
-    collections::HashSet,
-    net::UdpSocket,
-    time::{Duration, Instant},
-};
+use std::{collections::HashSet, net::UdpSocket, time::Duration};
 
 use keelson_api::{events::EventRecorder, object::ObjectKey};
 use prometheus::Registry;
@@ -25,10 +21,9 @@ use crate::{
     },
     netns::Namespace,
     proxier::{Proxier, Reports},
+    until::{PATIENCE, until},
     watches::{Change, ChangeKind},
 };
-
-const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Running {
     queue: mpsc::Sender<Change>,
@@ -121,14 +116,6 @@ fn slice(endpoints: &[u8]) -> ChangeKind {
         &Place { node: "here".into(), zone: None },
     );
     ChangeKind::Slice(ObjectKey::new("d", "dns-1"), slice, problems)
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 fn has(host: &Namespace, text: &str) -> bool {

@@ -13,9 +13,12 @@ use kube::{Client, client::Body};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Mode, ProxyConfig, ProxyError, netns::Namespace, run};
-
-const PATIENCE: Duration = Duration::from_secs(10);
+use crate::{
+    Mode, ProxyConfig, ProxyError,
+    netns::Namespace,
+    run,
+    until::{PATIENCE, until},
+};
 
 fn answer(path: &str) -> Value {
     let metadata = json!({"resourceVersion": "1"});
@@ -99,14 +102,6 @@ fn start(
         })
     });
     (shutdown, running)
-}
-
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]

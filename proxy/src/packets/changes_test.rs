@@ -2,7 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{SocketAddr, UdpSocket},
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
 
@@ -11,11 +12,12 @@ use serde_json::{Value, json};
 use super::{
     backends::{Proxy, config},
     features::{Own, Part, pod},
-    fixture::{Addresses, Answer, CLIENTS, From, Net, PATIENCE, listed, until},
+    fixture::{Addresses, Answer, CLIENTS, From, Net, ON_NODE, listed},
 };
 use crate::{
     Mode,
     model::{Family, Protocol},
+    until::{PATIENCE, until},
 };
 
 everywhere!(
@@ -26,6 +28,8 @@ everywhere!(
     one_kind_of_service_turns_into_another,
     the_older_of_two_services_has_what_both_claim,
     a_restart_writes_nothing_and_changes_nothing,
+    connections_older_than_the_rules_live_on,
+    another_time_of_affinity_counts_from_the_next_connection_on,
 );
 
 const BOTH: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
@@ -307,4 +311,52 @@ fn a_restart_writes_nothing_and_changes_nothing(mode: Mode, family: Family) {
     assert!(begin.elapsed() < PATIENCE);
     // There is nothing to take away a second time.
     proxy.clear();
+}
+
+fn connections_older_than_the_rules_live_on(mode: Mode, family: Family) {
+    // A node that reaches, at its own address, what is an endpoint too: its API server.
+    let net = Net::new();
+    let own = Own { addresses: Addresses(family), n: 1 };
+    let server = SocketAddr::new(own.addresses.node(), 6443);
+    let mut older = net.host.run(move || {
+        let listener = TcpListener::bind(server).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut byte = [0];
+            while stream.read_exact(&mut byte).and_then(|()| stream.write_all(&byte)).is_ok() {}
+        });
+        let stream = TcpStream::connect(server).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    });
+    let mut exchange = |say: u8| {
+        let mut heard = [0];
+        older.write_all(&[say]).and_then(|()| older.read_exact(&mut heard)).map(|()| heard[0])
+    };
+    assert_eq!(exchange(1).unwrap(), 1);
+    let (proxy, own) = start(&net, mode, family);
+    proxy.set(own.service(json!({})));
+    let mut slice = own.slice(0, &part(&[ON_NODE]));
+    for port in slice["ports"].as_array_mut().unwrap() {
+        port["port"] = server.port().into();
+    }
+    proxy.set(slice);
+    assert_eq!(exchange(2).unwrap(), 2, "the kernel hears of the connection in its middle");
+}
+
+fn another_time_of_affinity_counts_from_the_next_connection_on(mode: Mode, family: Family) {
+    let net = Net::new();
+    let (proxy, own) = start(&net, mode, family);
+    let to = SocketAddr::new(own.cluster(), 80);
+    proxy.set(own.slice(0, &part(&[1, 2, 3, 4])));
+    let choices = || -> Vec<u8> {
+        (1..=CLIENTS).map(|n| who(&net, From::Client(n), Protocol::Udp, to)).collect()
+    };
+    proxy.set(sticky(own, 1000));
+    let first = choices();
+    proxy.set(sticky(own, 1));
+    assert_eq!(choices(), first, "nobody is forgotten by the change itself");
+    // Nothing can be asked while it runs out.
+    std::thread::sleep(Duration::from_millis(2100));
+    assert_ne!(choices(), first, "by chance once in four billion times");
 }

@@ -5,15 +5,15 @@ use serde_json::json;
 use super::{
     cluster::Api,
     features::{Own, Part, pod},
-    fixture::{Addresses, Net, listed, until},
+    fixture::{Addresses, Net, listed},
     load_test::start,
 };
-use crate::{Mode, model::Family};
+use crate::{Mode, model::Family, until::until};
 
 everywhere!(every_kind_of_edit_is_noticed_mended_and_counted);
 
 /// What another program does to the rules.
-fn edits(mode: Mode, family: Family) -> Vec<String> {
+pub(super) fn edits(mode: Mode, family: Family) -> Vec<String> {
     let v4 = family == Family::V4;
     let (one, ten) = if v4 { ("10.96.0.1", "10.0.0.1") } else { ("fd00:96::1", "fd00:10::1:9") };
     match mode {

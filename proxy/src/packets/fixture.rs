@@ -13,12 +13,11 @@ use crate::{
     Mode,
     model::{Family, Protocol},
     netns::Namespace,
+    until::PATIENCE,
 };
 
-/// How long what must happen may take.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// After so long without an answer there is none. TCP's own second try comes after a second.
-const SILENCE: Duration = Duration::from_millis(500);
+pub(super) const SILENCE: Duration = Duration::from_millis(500);
 /// After so long a datagram is sent again.
 const AGAIN: Duration = Duration::from_millis(200);
 /// How many addresses clients outside the cluster have.
@@ -80,6 +79,12 @@ impl Addresses {
     /// The node's address towards a pod.
     pub(super) fn gateway(self, n: u8) -> IpAddr {
         self.either([10, 244, n, 1], [0xfd00, 0x10, 0, 0, 0, 0, n.into(), 1])
+    }
+
+    /// All addresses of the node.
+    pub(super) fn nodes(self) -> impl Iterator<Item = IpAddr> {
+        let own = [self.node(), self.node_other(), self.loopback()];
+        own.into_iter().chain((1..=PODS).map(move |n| self.gateway(n)))
     }
 
     /// A range with nothing but this address.
@@ -188,6 +193,12 @@ impl Net {
     pub(super) fn ask(&self, from: From, protocol: Protocol, to: SocketAddr) -> Answer {
         let source = source(from, to);
         self.place(from).run(move || ask(protocol, source, to, PATIENCE))
+    }
+
+    /// The same, without much patience.
+    pub(super) fn ask_briefly(&self, from: From, protocol: Protocol, to: SocketAddr) -> Answer {
+        let source = source(from, to);
+        self.place(from).run(move || ask(protocol, source, to, SILENCE))
     }
 
     /// The same where silence is likely, without waiting for it.
@@ -333,15 +344,6 @@ fn answer(asked: std::io::Result<String>) -> Answer {
             ErrorKind::TimedOut | ErrorKind::WouldBlock => Answer::Silence,
             kind => Answer::Failed(kind),
         },
-    }
-}
-
-/// Waits until a condition holds.
-pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -17,11 +17,12 @@ use super::{
     backends::config,
     cluster::{Api, Running},
     features::{Own, Part, pod},
-    fixture::{Addresses, Answer, From, Net, ask, listed, source, until},
+    fixture::{Addresses, Answer, From, Net, ask, listed, source},
 };
 use crate::{
     Mode, ProxyConfig,
     model::{Family, Protocol},
+    until::until,
 };
 
 /// How long a client waits for its answer before it counts as failed.

@@ -7,7 +7,7 @@
 use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use keelson_api::object::ObjectKey;
@@ -23,10 +23,10 @@ use crate::{
         Action, AddressSet, Frontend, Lane, Masquerade, Unit,
         desired::{Desired, ServiceRules},
     },
+    until::PATIENCE,
 };
 
 /// How long what must happen may take.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// The port that pods answer on.
 pub(super) const POD_PORT: u16 = 8080;
 
@@ -261,14 +261,5 @@ impl Flow {
         // Refusals of earlier datagrams are told on the next call.
         let _ = self.0.send(b"?");
         self.0.recv(&mut answer).ok().map(|_| answer[0])
-    }
-}
-
-/// Waits until a condition holds.
-pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    fixture::{FAMILIES, Flow, Host, Net, ask, cluster, everywhere, node, until},
+    fixture::{FAMILIES, Flow, Host, Net, ask, cluster, everywhere, node},
     remove_leftovers,
 };
 use crate::{
@@ -15,6 +15,7 @@ use crate::{
     model::{Family, Protocol},
     netns::Namespace,
     ruleset::{Frontend, Lane, Unit, desired::ServiceRules},
+    until::until,
 };
 
 /// The addresses of our routes.

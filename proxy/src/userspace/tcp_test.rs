@@ -7,8 +7,12 @@ use std::{
     time::Duration,
 };
 
-use super::fixture::{FAMILIES, Net, PATIENCE, ask, connect, everywhere, pod, until};
-use crate::{model::Family, ruleset::Action};
+use super::fixture::{FAMILIES, Net, ask, connect, everywhere, pod};
+use crate::{
+    model::Family,
+    ruleset::Action,
+    until::{PATIENCE, until},
+};
 
 /// Has a pod do something with one connection; what comes of it is sent here.
 fn once<T: Send + 'static>(

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::fixture::{FAMILIES, Flow, Net, everywhere, until};
-use crate::model::Family;
+use super::fixture::{FAMILIES, Flow, Net, everywhere};
+use crate::{model::Family, until::until};
 
 fn clients(host: &super::fixture::Host, family: Family, count: usize) -> bool {
     let family = family.as_str();
