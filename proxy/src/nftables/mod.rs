@@ -43,11 +43,9 @@ mod elements_test;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
-mod model_test;
+mod kernel_test;
 #[cfg(test)]
 mod monitor_test;
-#[cfg(test)]
-mod packets;
 #[cfg(test)]
 mod ruleset_test;
 #[cfg(test)]

@@ -13,6 +13,8 @@
 //! | [`table_test`] | runs the table |
 //! | [`explain_test`] | asks for each row of the table why its packets go where they go |
 //! | [`changes_test`] | what needs more than one step: even choice, affinity, flows of UDP |
+//! | [`rejects_test`] | how refusals are told, and the guard of loopback |
+//! | [`whole_test`] | both families at once, health checks, the node's own range of pods |
 //! | [`reference`], [`model_test`] | random changes, and where packets should go, from the documentation |
 //! | [`cluster`] | a stand-in for the API server, and whole proxies |
 //! | [`load_test`] | clients without pause, while endpoints, the proxy and other programs change things |
@@ -52,5 +54,7 @@ mod fixture;
 mod load_test;
 mod model_test;
 mod reference;
+mod rejects_test;
 mod rows;
 mod table_test;
+mod whole_test;

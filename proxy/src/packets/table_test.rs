@@ -9,7 +9,7 @@ use std::{
 use super::{
     backends::{Proxy, config},
     features::{Expect, Feature, Own, Question, Seen},
-    fixture::{Addresses, Answer, From, Net, PODS},
+    fixture::{Addresses, Answer, From, Net},
     rows::table,
 };
 use crate::{
@@ -167,12 +167,10 @@ fn expected_source(
     address: std::net::IpAddr,
 ) -> bool {
     let own = Addresses(Family::of(to));
-    let nodes =
-        (1..=PODS).map(|n| own.gateway(n)).chain([own.node(), own.node_other(), own.loopback()]);
     match (seen, from) {
         (Seen::Client, From::Client(n)) => address == own.client(n),
         (Seen::Client, From::Pod(n)) => address == own.pod(n),
         // The node chooses among its own.
-        (Seen::Node, _) | (Seen::Client, From::Node) => nodes.into_iter().any(|n| n == address),
+        (Seen::Node, _) | (Seen::Client, From::Node) => own.nodes().any(|n| n == address),
     }
 }

@@ -1,0 +1,162 @@
+//! What only a whole proxy does: both families at once, health checks, and the node's own range.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+};
+
+use serde_json::{Value, json};
+
+use super::{
+    backends::config,
+    cluster::{Api, Running},
+    features::{Own, Part, pod},
+    fixture::{Addresses, Answer, From, Net, POD_RANGES},
+};
+use crate::{
+    DetectLocal, Mode,
+    model::{Family, Protocol},
+    until::{PATIENCE, until},
+};
+
+everywhere!(
+    a_service_of_both_families_is_served_in_both,
+    health_checks_tell_of_endpoints_on_this_node,
+    pods_are_those_in_the_nodes_own_range,
+);
+
+const OUTSIDE: From = From::Client(1);
+
+fn own(family: Family) -> Own {
+    Own { addresses: Addresses(family), n: 1 }
+}
+
+fn endpoints(api: &Api, own: Own, pods: Vec<super::features::Pod>) {
+    let mut slice = own.slice(0, &Part(8080, pods));
+    slice["metadata"]["name"] = own.addresses.0.as_str().into();
+    api.set(slice);
+}
+
+fn cluster(own: Own) -> SocketAddr {
+    SocketAddr::new(own.cluster(), 80)
+}
+
+fn a_service_of_both_families_is_served_in_both(mode: Mode, family: Family) {
+    let net = Net::new();
+    let api = Api::new();
+    let other = if family == Family::V4 { Family::V6 } else { Family::V4 };
+    let both = [own(family), own(other)];
+    let service = |of: &[Own]| {
+        let addresses: Vec<_> = of.iter().map(|own| own.cluster()).collect();
+        let families: Vec<_> = of.iter().map(|own| own.addresses.0.as_str()).collect();
+        both[0].service(json!({"spec": {"type": "NodePort", "clusterIP": addresses[0],
+            "clusterIPs": addresses, "ipFamilies": families, "ipFamilyPolicy": "PreferDualStack"}}))
+    };
+    api.set(service(&both));
+    // Other endpoints in each, so that it shows which one was meant.
+    endpoints(&api, both[0], vec![pod(1)]);
+    endpoints(&api, both[1], vec![pod(2)]);
+    let running = Running::start(&net.host, config(mode), &api);
+    let served = |own: Own, by: Option<u8>| {
+        let node_port = SocketAddr::new(own.addresses.node(), own.node_port());
+        for to in [node_port, cluster(own)] {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                until(&format!("{protocol} {to} by {by:?}"), || {
+                    match (net.ask_briefly(OUTSIDE, protocol, to), by) {
+                        (Answer::By(n, ..), Some(by)) => n == by,
+                        // A cluster address that is nobody's goes its way.
+                        (Answer::Refused | Answer::Silence, None) => true,
+                        _ => false,
+                    }
+                });
+            }
+        }
+    };
+    served(both[0], Some(1));
+    served(both[1], Some(2));
+    // From two families to one, and back.
+    api.set(service(&both[..1]));
+    served(both[1], None);
+    served(both[0], Some(1));
+    api.set(service(&both));
+    served(both[1], Some(2));
+    running.stop();
+}
+
+fn health_checks_tell_of_endpoints_on_this_node(mode: Mode, family: Family) {
+    const PORT: u16 = 32_100;
+    let net = Net::new();
+    let own = own(family);
+    let api = Api::new();
+    let service = |policy: &str| {
+        let mut service = own.service(json!({"spec": {"type": "LoadBalancer",
+                "externalTrafficPolicy": policy},
+            "status": {"loadBalancer": {"ingress": [{"ip": own.balancer()}]}}}));
+        if policy == "Local" {
+            service["spec"]["healthCheckNodePort"] = PORT.into();
+        }
+        service
+    };
+    api.set(service("Local"));
+    endpoints(&api, own, vec![pod(1), pod(2), pod(3)]);
+    let running = Running::start(&net.host, config(mode), &api);
+    let to = SocketAddr::new(own.addresses.node(), PORT);
+    let answers = |what: &str, status: &str, count: Option<u64>| {
+        until(what, || {
+            let Some(page) = get(&net, to) else { return status.is_empty() };
+            let (head, body) = page.split_once("\r\n\r\n").unwrap_or_default();
+            let body: Value = serde_json::from_str(body).unwrap_or_default();
+            head.starts_with(&format!("HTTP/1.1 {status} "))
+                && body["localEndpoints"].as_u64() == count
+        });
+    };
+    answers("two are here", "200", Some(2));
+    endpoints(&api, own, vec![pod(1).draining(), pod(2), pod(3)]);
+    answers("one that terminates doesn't count", "200", Some(1));
+    endpoints(&api, own, vec![pod(1).draining(), pod(2)]);
+    answers("nor does it if it is the last", "503", Some(0));
+    endpoints(&api, own, vec![pod(1), pod(2)]);
+    answers("one is here again", "200", Some(1));
+    api.set(service("Cluster"));
+    answers("without Local nobody is told", "", None);
+    running.stop();
+}
+
+/// A page, if anybody answers.
+fn get(net: &Net, to: SocketAddr) -> Option<String> {
+    net.place(OUTSIDE).run(move || {
+        let mut stream = TcpStream::connect_timeout(&to, PATIENCE).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        write!(stream, "GET / HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").ok()?;
+        let mut page = String::new();
+        stream.read_to_string(&mut page).ok()?;
+        Some(page)
+    })
+}
+
+fn pods_are_those_in_the_nodes_own_range(mode: Mode, family: Family) {
+    let net = Net::new();
+    let own = own(family);
+    let api = Api::new();
+    api.set(json!({"kind": "Node", "metadata": {"name": "here"},
+        "spec": {"podCIDR": POD_RANGES[0], "podCIDRs": POD_RANGES},
+        "status": {"addresses": [{"type": "InternalIP", "address": own.addresses.node()}]}}));
+    api.set(own.service(json!({})));
+    endpoints(&api, own, vec![pod(1)]);
+    let config = crate::ProxyConfig {
+        detect_local: DetectLocal::NodeCidr,
+        families: vec![family],
+        ..config(mode)
+    };
+    let running = Running::start(&net.host, config, &api);
+    let seen = |from: From| match net.ask_briefly(from, Protocol::Tcp, cluster(own)) {
+        Answer::By(1, _, address) => Some(address),
+        _ => None,
+    };
+    until("it is served", || seen(OUTSIDE).is_some());
+    assert!(own.addresses.nodes().any(|node| Some(node) == seen(OUTSIDE)), "outside is hidden");
+    // Relays hide everybody.
+    let kept = (mode != Mode::Userspace).then(|| own.addresses.pod(3));
+    assert_eq!(seen(From::Pod(3)).filter(|_| kept.is_some()), kept, "pods are not");
+    running.stop();
+}
