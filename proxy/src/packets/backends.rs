@@ -11,7 +11,7 @@ use crate::{
     backend::{Applied, Backend, Goal},
     conntrack::{ConntrackTable, stale::Tracker},
     model::{
-        Family,
+        Family, Problem,
         objects::{Place, Service, Slice},
         table::ServiceTable,
     },
@@ -83,6 +83,27 @@ impl<'a> Proxy<'a> {
         Self { host, config: config.clone(), family, state, runtime }
     }
 
+    /// One that was started with these objects, and what it wrote.
+    pub(super) fn knowing(
+        host: &'a Namespace,
+        config: &ProxyConfig,
+        family: Family,
+        objects: Vec<Value>,
+    ) -> (Self, Applied) {
+        let proxy = Self::start(host, config, family);
+        proxy.with(move |state| {
+            for object in objects {
+                let (touched, _) = state.read(object);
+                for key in touched {
+                    let rules = state.objects.rules(&key, &[state.family]).map(|(rules, _)| rules);
+                    state.desired.replace(&key, rules);
+                }
+            }
+        });
+        let applied = proxy.synchronize();
+        (proxy, applied)
+    }
+
     /// Another proxy that knows the same objects, as after a restart. This one is not used again.
     pub(super) fn restarted(self) -> Self {
         let again = Self::start(self.host, &self.config, self.family);
@@ -107,18 +128,16 @@ impl<'a> Proxy<'a> {
     /// Takes in a Service or EndpointSlice as it is now.
     pub(super) fn set(&self, object: Value) -> Applied {
         self.with(move |state| {
-            let key = key(&object);
-            let touched = if object["kind"] == "Service" {
-                let (service, problems) = Service::read(&serde_json::from_value(object).unwrap());
-                assert_eq!(problems, []);
-                state.objects.set_service(&key, service);
-                vec![key]
-            } else {
-                let (slice, problems) =
-                    Slice::read(&serde_json::from_value(object).unwrap(), &place());
-                assert_eq!(problems, []);
-                state.objects.set_slice(&key, slice)
-            };
+            let (touched, problems) = state.read(object);
+            assert_eq!(problems, []);
+            state.commit(&touched)
+        })
+    }
+
+    /// The same, of an object that may have something wrong in it.
+    pub(super) fn take_in(&self, object: Value) -> Applied {
+        self.with(move |state| {
+            let (touched, _) = state.read(object);
             state.commit(&touched)
         })
     }
@@ -154,6 +173,20 @@ impl<'a> Proxy<'a> {
 }
 
 impl State {
+    /// Takes in an object: which Services it touches, and what is wrong in it.
+    fn read(&mut self, object: Value) -> (Vec<ObjectKey>, Vec<Problem>) {
+        let key = key(&object);
+        if object["kind"] == "Service" {
+            let (service, problems) = Service::read(&serde_json::from_value(object).unwrap());
+            self.objects.set_service(&key, service);
+            (vec![key], problems)
+        } else {
+            let object = serde_json::from_value(object).unwrap();
+            let (slice, problems) = Slice::read(&object, &place());
+            (self.objects.set_slice(&key, slice), problems)
+        }
+    }
+
     fn commit(&mut self, touched: &[ObjectKey]) -> Applied {
         let mut dirty: Vec<Unit> = Vec::new();
         for key in touched {

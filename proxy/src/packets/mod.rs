@@ -15,7 +15,7 @@
 //! | [`changes_test`] | what needs more than one step: even choice, affinity, flows of UDP |
 //! | [`rejects_test`] | how refusals are told, and the guard of loopback |
 //! | [`whole_test`] | both families at once, health checks, the node's own range of pods |
-//! | [`reference`], [`model_test`] | random changes, and where packets should go, from the documentation |
+//! | [`model`] | random changes, and where packets should go, from the documentation |
 //! | [`cluster`] | a stand-in for the API server, and whole proxies |
 //! | [`load_test`] | clients without pause, while endpoints, the proxy and other programs change things |
 //! | [`drift_test`] | each kind of edit by another program |
@@ -52,8 +52,7 @@ mod explain_test;
 mod features;
 mod fixture;
 mod load_test;
-mod model_test;
-mod reference;
+mod model;
 mod rejects_test;
 mod rows;
 mod table_test;

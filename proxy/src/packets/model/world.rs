@@ -1,0 +1,303 @@
+//! Services and slices as random steps leave them, and as the API has them.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+};
+
+use serde_json::{Value, json};
+
+use crate::{
+    model::Family,
+    packets::{features::Own, fixture::Addresses},
+};
+
+/// What Services quarrel about: addresses and node ports have numbers from 0 on.
+pub(super) const CLAIMS: u8 = 2;
+/// The Services' ports.
+pub(super) const PORTS: [u16; 2] = [80, 81];
+/// Where claimed addresses and node ports begin.
+const CLAIMED: u8 = 50;
+
+/// `spec.type`, and what keeps a Service from being served at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    Headless,
+    ExternalName,
+    OtherProxy,
+    ClusterIp,
+    NodePort,
+    LoadBalancer,
+}
+
+/// Of which families a Service or slice is: that of the test, both, or the other one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Families {
+    This,
+    Both,
+    Other,
+}
+
+/// `spec.loadBalancerSourceRanges`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ranges {
+    Anybody,
+    /// The first client and the third pod.
+    Some,
+    /// Ranges of the other family only.
+    OtherFamily,
+}
+
+/// A Service.
+#[derive(Clone, Debug)]
+pub(super) struct Spec {
+    pub(super) kind: Kind,
+    pub(super) families: Families,
+    /// Which cluster address it has.
+    pub(super) cluster: u8,
+    /// Which of the claimed addresses and node ports it wants.
+    pub(super) claim: u8,
+    pub(super) created: u8,
+    /// The names of [`PORTS`], of those that it has.
+    pub(super) ports: [Option<u8>; 2],
+    pub(super) external_ip: bool,
+    /// `ipMode: Proxy`.
+    pub(super) proxied: bool,
+    /// `allocateLoadBalancerNodePorts: false`.
+    pub(super) unallocated: bool,
+    pub(super) internal_local: bool,
+    pub(super) external_local: bool,
+    /// For how many seconds.
+    pub(super) affinity: Option<u32>,
+    pub(super) ranges: Ranges,
+    pub(super) publish_not_ready: bool,
+}
+
+/// A slice.
+#[derive(Clone, Debug)]
+pub(super) struct Slice {
+    /// Of which Service.
+    pub(super) service: u8,
+    pub(super) other_family: bool,
+    /// The numbers of named ports.
+    pub(super) ports: [Option<u16>; 2],
+    /// Whether there is an address of the wrong family in it too.
+    pub(super) stray: bool,
+    pub(super) points: Vec<Point>,
+}
+
+/// An endpoint in a slice.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Point {
+    pub(super) pod: u8,
+    /// Ready, serving and terminating, unless nothing is said of it.
+    pub(super) state: Option<(bool, bool, bool)>,
+    /// Whether it is said on which node it is.
+    pub(super) placed: bool,
+    /// Hints: for this zone or node, for another one, or none.
+    pub(super) zone: Option<bool>,
+    pub(super) node: Option<bool>,
+}
+
+/// What a client connects to; the second number is that of the port in [`PORTS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum To {
+    Cluster(u8, u8),
+    Balancer(u8, u8),
+    External(u8, u8),
+    NodePort(u8, u8),
+}
+
+/// Everything there is.
+#[derive(Debug, Default)]
+pub(super) struct World {
+    pub(super) services: BTreeMap<u8, Spec>,
+    pub(super) slices: BTreeMap<u8, Slice>,
+}
+
+impl World {
+    /// As the API has it.
+    pub(super) fn objects(&self, family: Family) -> Vec<Value> {
+        let services = self.services.iter().map(|(n, spec)| spec.object(*n, family));
+        services.chain(self.slices.iter().map(|(id, slice)| slice.object(*id, family))).collect()
+    }
+}
+
+impl To {
+    /// All there are, with these many cluster addresses.
+    pub(super) fn all(clusters: u8) -> impl Iterator<Item = Self> {
+        (0..2).flat_map(move |port| {
+            let cluster = (1..=clusters).map(move |n| Self::Cluster(n, port));
+            cluster.chain((0..CLAIMS).flat_map(move |k| {
+                [Self::Balancer(k, port), Self::External(k, port), Self::NodePort(k, port)]
+            }))
+        })
+    }
+
+    /// Its address and port.
+    pub(super) fn socket(self, addresses: Addresses) -> SocketAddr {
+        let own = |n| Own { addresses, n };
+        let port = |port: u8| PORTS[usize::from(port)];
+        match self {
+            Self::Cluster(n, p) => (own(n).cluster(), port(p)).into(),
+            Self::Balancer(k, p) => (own(CLAIMED + k).balancer(), port(p)).into(),
+            Self::External(k, p) => (own(CLAIMED + k).external(), port(p)).into(),
+            Self::NodePort(k, p) => (addresses.node(), node_port(k, p)).into(),
+        }
+    }
+}
+
+fn node_port(claim: u8, port: u8) -> u16 {
+    30_000 + u16::from(CLAIMED + claim + 10 * port)
+}
+
+fn other(family: Family) -> Family {
+    if family == Family::V4 { Family::V6 } else { Family::V4 }
+}
+
+fn name_of(protocol: &str, name: u8) -> String {
+    format!("{}{name}", protocol.to_lowercase())
+}
+
+impl Spec {
+    /// As the API has it.
+    pub(super) fn object(&self, n: u8, family: Family) -> Value {
+        let (this, others) = (Addresses(family), Addresses(other(family)));
+        let claimed = Own { addresses: this, n: CLAIMED + self.claim };
+        let cluster = |addresses| Own { addresses, n: self.cluster }.cluster();
+        let addresses: Vec<IpAddr> = match self.families {
+            Families::This => vec![cluster(this)],
+            Families::Both => vec![cluster(this), cluster(others)],
+            Families::Other => vec![cluster(others)],
+        };
+        let families: Vec<Family> = addresses.iter().map(|a| Family::of(*a)).collect();
+        let families: Vec<&str> = families.iter().map(|family| family.as_str()).collect();
+        let policy = |local| if local { "Local" } else { "Cluster" };
+        let mut spec = json!({"type": self.kind.as_str(), "ports": self.ports(),
+            "internalTrafficPolicy": policy(self.internal_local),
+            "externalTrafficPolicy": policy(self.external_local),
+            "publishNotReadyAddresses": self.publish_not_ready});
+        match self.kind {
+            Kind::Headless => {
+                spec["clusterIP"] = "None".into();
+                spec["clusterIPs"] = json!(["None"]);
+            }
+            Kind::ExternalName => spec["externalName"] = "db.example.com".into(),
+            _ => {
+                spec["clusterIP"] = json!(addresses[0]);
+                spec["clusterIPs"] = json!(addresses);
+                spec["ipFamilies"] = json!(families);
+            }
+        }
+        if let Some(seconds) = self.affinity {
+            spec["sessionAffinity"] = "ClientIP".into();
+            spec["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": seconds}});
+        }
+        if self.external_ip {
+            spec["externalIPs"] = json!([claimed.external()]);
+        }
+        let admitted = match self.ranges {
+            Ranges::Anybody => vec![],
+            Ranges::Some => [this.client(1), this.pod(3)].map(|a| this.only(a)).into(),
+            Ranges::OtherFamily => vec![others.only(others.client(1))],
+        };
+        spec["loadBalancerSourceRanges"] = json!(admitted);
+        spec["allocateLoadBalancerNodePorts"] = (!self.unallocated).into();
+        let mode = if self.proxied { "Proxy" } else { "VIP" };
+        let mut object = json!({"kind": "Service", "metadata": {"name": n.to_string(),
+                "namespace": "d", "creationTimestamp": format!("2026-01-01T00:00:0{}Z", self.created)},
+            "spec": spec, "status": {"loadBalancer":
+                {"ingress": [{"ip": claimed.balancer(), "ipMode": mode}]}}});
+        if self.kind == Kind::OtherProxy {
+            object["metadata"]["labels"] =
+                json!({"service.kubernetes.io/service-proxy-name": "other"});
+        }
+        object
+    }
+
+    fn ports(&self) -> Vec<Value> {
+        let has = |port: usize| self.ports[port].map(|name| (port, name));
+        let ports = [0, 1].into_iter().filter_map(has);
+        let each = ports.flat_map(|(port, name)| ["TCP", "UDP"].map(|p| (port, name, p)));
+        each.map(|(port, name, protocol)| {
+            let mut object = json!({"name": name_of(protocol, name), "port": PORTS[port],
+                "protocol": protocol});
+            if self.has_node_ports() {
+                let port = u8::try_from(port).unwrap();
+                object["nodePort"] = node_port(self.claim, port).into();
+            }
+            object
+        })
+        .collect()
+    }
+
+    /// Whether it has node ports.
+    pub(super) fn has_node_ports(&self) -> bool {
+        self.kind == Kind::NodePort || self.kind == Kind::LoadBalancer && !self.unallocated
+    }
+}
+
+impl Kind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Headless | Self::OtherProxy | Self::ClusterIp => "ClusterIP",
+            Self::ExternalName => "ExternalName",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+        }
+    }
+}
+
+impl Slice {
+    /// As the API has it.
+    pub(super) fn object(&self, id: u8, family: Family) -> Value {
+        let family = if self.other_family { other(family) } else { family };
+        let addresses = Addresses(family);
+        let mut endpoints: Vec<Value> =
+            self.points.iter().map(|point| point.object(addresses)).collect();
+        if self.stray {
+            endpoints.push(json!({"addresses": [Addresses(other(family)).pod(4)]}));
+        }
+        let has = |name: u8| self.ports[usize::from(name)].map(|number| (name, number));
+        let ports = [0, 1].into_iter().filter_map(has);
+        let ports: Vec<Value> = ports
+            .flat_map(|(name, number)| ["TCP", "UDP"].map(|p| (name_of(p, name), number, p)))
+            .map(|(name, number, p)| json!({"name": name, "port": number, "protocol": p}))
+            .collect();
+        json!({"kind": "EndpointSlice", "addressType": family.as_str(),
+            "endpoints": endpoints, "ports": ports,
+            "metadata": {"name": Self::name(id), "namespace": "d",
+                "labels": {"kubernetes.io/service-name": self.service.to_string()}}})
+    }
+
+    /// Its name.
+    pub(super) fn name(id: u8) -> String {
+        format!("slice-{id}")
+    }
+}
+
+impl Point {
+    /// Whether it is known to be on this node.
+    pub(super) fn here(&self) -> bool {
+        self.placed && self.pod % 2 == 1
+    }
+
+    fn object(&self, addresses: Addresses) -> Value {
+        let mut endpoint = json!({"addresses": [addresses.pod(self.pod)]});
+        if let Some((ready, serving, terminating)) = self.state {
+            endpoint["conditions"] =
+                json!({"ready": ready, "serving": serving, "terminating": terminating});
+        }
+        if self.placed {
+            endpoint["nodeName"] = if self.pod % 2 == 1 { "here" } else { "there" }.into();
+        }
+        if let Some(ours) = self.zone {
+            endpoint["hints"]["forZones"] =
+                json!([{"name": if ours { "zone-a" } else { "zone-b" }}]);
+        }
+        if let Some(ours) = self.node {
+            endpoint["hints"]["forNodes"] = json!([{"name": if ours { "here" } else { "there" }}]);
+        }
+        endpoint
+    }
+}
