@@ -236,7 +236,7 @@ mod tests {
     }
 
     fn want(desired: &mut Desired, tracker: &mut Tracker, frontends: Vec<(Frontend, Action)>) {
-        let rules = ServiceRules { created: 1, frontends, addresses: Vec::new() };
+        let rules = ServiceRules { created: 1, frontends, ..ServiceRules::default() };
         tracker.changed(&desired.replace(&key(), Some(rules)));
     }
 
@@ -349,6 +349,7 @@ mod tests {
                 (frontend(Protocol::Tcp, Lane::Address), forward(&[1])),
             ],
             addresses: vec![(AddressSet::NodeAddresses, node)],
+            ..ServiceRules::default()
         };
         desired.replace(&key(), Some(rules));
         let mut objects = ServiceTable::default();

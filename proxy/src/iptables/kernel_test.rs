@@ -49,9 +49,8 @@ impl Proxy {
             Family::V6 => "2001:db8::1".parse().unwrap(),
         };
         let node = ServiceRules {
-            created: 0,
-            frontends: vec![],
             addresses: vec![(AddressSet::NodeAddresses, node)],
+            ..ServiceRules::default()
         };
         proxy.desired.replace(&ObjectKey::new("", "node"), Some(node));
         proxy
@@ -506,9 +505,8 @@ fn node_ports_follow_the_nodes_addresses() {
     assert_eq!(tail(&host), ["192.0.2.1/32"]);
     let addresses = [[192, 0, 2, 7].into(), [192, 0, 2, 8].into()];
     let node = ServiceRules {
-        created: 0,
-        frontends: vec![],
         addresses: addresses.map(|a: IpAddr| (AddressSet::NodeAddresses, a)).into(),
+        ..ServiceRules::default()
     };
     let units = proxy.desired.replace(&ObjectKey::new("", "node"), Some(node)).dirty;
     let goal = Goal { desired: &proxy.desired, objects: &proxy.objects };

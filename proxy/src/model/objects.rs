@@ -32,7 +32,7 @@ const AFFINITY_TIMEOUT: Duration = Duration::from_secs(10_800);
 const SLICE_ENDPOINTS: usize = 1_000;
 
 /// Which endpoints traffic may go to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum TrafficPolicy {
     /// Any of the cluster's.
     Cluster,
@@ -47,7 +47,7 @@ impl TrafficPolicy {
 }
 
 /// One port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ServicePort {
     pub(crate) name: Box<str>,
     pub(crate) protocol: Protocol,

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    hash::{DefaultHasher, Hash, Hasher},
     net::IpAddr,
     sync::Arc,
 };
@@ -188,7 +189,11 @@ impl ServiceTable {
     ) -> Option<(ServiceRules, Vec<Problem>)> {
         let service = self.service(key)?;
         let (plans, problems) = self.ports(key, families)?;
-        let mut rules = ServiceRules { created: service.created, ..ServiceRules::default() };
+        let mut rules = ServiceRules {
+            created: service.created,
+            told: told(service),
+            ..ServiceRules::default()
+        };
         let addresses = service.addresses.iter().filter(|a| families.contains(&Family::of(*a)));
         rules.addresses.extend(addresses.map(|a| (AddressSet::ClusterAddresses, a)));
         for plan in plans {
@@ -392,6 +397,15 @@ impl PortPlan<'_> {
             frontends.push((frontend(Lane::NodePortInside, None, node_port), inside));
         }
     }
+}
+
+/// What rules with a Service's name tell of it, besides where its traffic goes.
+fn told(service: &Service) -> u64 {
+    let mut digest = DefaultHasher::new();
+    service.ports.hash(&mut digest);
+    [service.internal_policy, service.external_policy].hash(&mut digest);
+    service.outside().health_check_node_port.hash(&mut digest);
+    digest.finish()
 }
 
 fn with_sources(action: &Action, from: Option<Arc<[IpNet]>>) -> Action {

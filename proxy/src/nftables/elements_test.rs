@@ -47,8 +47,7 @@ fn desired(family: Family, services: u16, endpoints: u16) -> Desired {
             affinity: None,
             sources: None,
         };
-        let rules =
-            ServiceRules { created: 0, frontends: vec![(frontend, action)], addresses: vec![] };
+        let rules = ServiceRules { frontends: vec![(frontend, action)], ..ServiceRules::default() };
         desired.replace(&ObjectKey::new("d", format!("s{n}")), Some(rules));
     }
     desired

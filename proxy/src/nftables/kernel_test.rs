@@ -111,8 +111,7 @@ fn what_the_kernel_refuses_keeps_nobody_else_out() {
         protocol: Protocol::Tcp,
         port: 80,
     };
-    let rules =
-        ServiceRules { created: 0, frontends: vec![(bad, Action::Reject)], addresses: vec![] };
+    let rules = ServiceRules { frontends: vec![(bad, Action::Reject)], ..ServiceRules::default() };
     let mut dirty = proxy.world.desired.replace(&ObjectKey::new("d", "bad"), Some(rules)).dirty;
     let others: Vec<Value> =
         (1..=20).map(|n| service(n, json!({"ports": [{"port": 80}]}))).collect();

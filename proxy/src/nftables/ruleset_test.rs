@@ -41,11 +41,10 @@ impl World {
         let mut world = Self::default();
         let addresses = ["192.0.2.1", "2001:db8::1"];
         let node = ServiceRules {
-            created: 0,
-            frontends: vec![],
             addresses: addresses
                 .map(|address| (AddressSet::NodeAddresses, address.parse().unwrap()))
                 .to_vec(),
+            ..ServiceRules::default()
         };
         world.desired.replace(&ObjectKey::default(), Some(node));
         world

@@ -257,9 +257,8 @@ impl Proxier {
     fn set_node_addresses(&mut self, addresses: &[IpAddr]) {
         self.telling.health_checks.set_node_addresses(addresses);
         let rules = ServiceRules {
-            created: 0,
-            frontends: Vec::new(),
             addresses: addresses.iter().map(|a| (AddressSet::NodeAddresses, *a)).collect(),
+            ..ServiceRules::default()
         };
         // No Service has an empty name.
         let outcome = self.wanted.desired.replace(&ObjectKey::default(), Some(rules));

@@ -23,6 +23,9 @@ pub(crate) struct ServiceRules {
     pub(crate) frontends: Vec<(Frontend, Action)>,
     /// Addresses in sets, each once.
     pub(crate) addresses: Vec<(AddressSet, IpAddr)>,
+    /// A digest of what rules with a Service's name tell of it besides: where it changes, all of
+    /// them may have to be written.
+    pub(crate) told: u64,
 }
 
 /// Who claims a frontend; the smallest has it.
@@ -64,6 +67,7 @@ pub(crate) struct Desired {
 #[derive(Debug)]
 struct Entry {
     created: i64,
+    told: u64,
     frontends: Box<[Frontend]>,
     addresses: Box<[(AddressSet, IpAddr)]>,
 }
@@ -156,8 +160,12 @@ impl Desired {
             }
         }
         if let Some(rules) = &rules {
+            if before.is_some_and(|entry| entry.told != rules.told) {
+                dirty.extend(wanted.keys().map(|frontend| Unit::Frontend(*frontend)));
+            }
             let entry = Entry {
                 created,
+                told: rules.told,
                 frontends: wanted.keys().copied().collect(),
                 addresses: rules.addresses.clone().into(),
             };
@@ -242,7 +250,21 @@ mod tests {
             created,
             frontends: vec![(frontend(port), action)],
             addresses: vec![(AddressSet::Hairpin, [10, 0, 0, 1].into())],
+            told: 0,
         })
+    }
+
+    #[test]
+    fn what_else_is_told_of_a_service_concerns_all_its_frontends() {
+        let service = ObjectKey::new("d", "a");
+        let mut desired = Desired::default();
+        desired.replace(&service, rules(1, 30_000, Action::Drop));
+        let again = desired.replace(&service, rules(1, 30_000, Action::Drop));
+        assert_eq!(again, Outcome::default());
+        let told = rules(1, 30_000, Action::Drop).map(|rules| ServiceRules { told: 7, ..rules });
+        let outcome = desired.replace(&service, told);
+        assert_eq!(outcome.dirty, [Unit::Frontend(frontend(30_000))]);
+        assert_eq!(outcome.before, [], "packets go where they went");
     }
 
     #[test]

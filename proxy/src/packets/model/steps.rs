@@ -50,6 +50,7 @@ pub(super) enum Field {
     ExternalPolicy,
     Affinity,
     Ranges,
+    HealthCheck,
 }
 
 /// One change that a proxy sees.
@@ -118,6 +119,7 @@ fn tweaked(mut spec: Spec, field: Field, other: Spec) -> Spec {
         Field::ExternalPolicy => spec.external_local = !spec.external_local,
         Field::Affinity => spec.affinity = other.affinity,
         Field::Ranges => spec.ranges = other.ranges,
+        Field::HealthCheck => spec.health_check = other.health_check,
     }
     spec
 }
@@ -177,6 +179,7 @@ fn field() -> impl Strategy<Value = Field> {
         Field::ExternalPolicy,
         Field::Affinity,
         Field::Ranges,
+        Field::HealthCheck,
     ])
 }
 
@@ -202,11 +205,21 @@ fn spec() -> impl Strategy<Value = Spec> {
     let ranges = prop_oneof![
         3 => Just(Ranges::Anybody), 2 => Just(Ranges::Some), 1 => Just(Ranges::OtherFamily)
     ];
-    let numbers = (1..=SERVICES, 0..CLAIMS, 0u8..3);
+    let health_check = prop_oneof![Just(None), (32_100..32_102u16).prop_map(Some)];
+    let numbers = (1..=SERVICES, 0..CLAIMS, 0u8..3, health_check);
     let flags = (flag(), flag(), flag(), flag());
     let rare = (proptest::bool::weighted(0.2), proptest::bool::weighted(0.2));
     (kind, families, numbers, ports, affinity, ranges, flags, rare).prop_map(
-        |(kind, families, (cluster, claim, created), ports, affinity, ranges, flags, rare)| Spec {
+        |(
+            kind,
+            families,
+            (cluster, claim, created, health_check),
+            ports,
+            affinity,
+            ranges,
+            flags,
+            rare,
+        )| Spec {
             kind,
             families,
             cluster,
@@ -220,6 +233,7 @@ fn spec() -> impl Strategy<Value = Spec> {
             external_local: flags.2,
             affinity,
             ranges,
+            health_check,
             publish_not_ready: flags.3,
         },
     )

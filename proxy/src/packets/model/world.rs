@@ -70,6 +70,8 @@ pub(super) struct Spec {
     /// For how many seconds.
     pub(super) affinity: Option<u32>,
     pub(super) ranges: Ranges,
+    /// `healthCheckNodePort`, if any.
+    pub(super) health_check: Option<u16>,
     pub(super) publish_not_ready: bool,
 }
 
@@ -160,6 +162,25 @@ fn name_of(protocol: &str, name: u8) -> String {
 }
 
 impl Spec {
+    /// A Service with a cluster address and a node port.
+    pub(super) const PLAIN: Self = Self {
+        kind: Kind::NodePort,
+        families: Families::This,
+        cluster: 1,
+        claim: 0,
+        created: 0,
+        ports: [Some(0), None],
+        external_ip: false,
+        proxied: false,
+        unallocated: false,
+        internal_local: false,
+        external_local: false,
+        affinity: None,
+        ranges: Ranges::Anybody,
+        health_check: None,
+        publish_not_ready: false,
+    };
+
     /// As the API has it.
     pub(super) fn object(&self, n: u8, family: Family) -> Value {
         let (this, others) = (Addresses(family), Addresses(other(family)));
@@ -192,6 +213,9 @@ impl Spec {
         if let Some(seconds) = self.affinity {
             spec["sessionAffinity"] = "ClientIP".into();
             spec["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": seconds}});
+        }
+        if let Some(port) = self.health_check {
+            spec["healthCheckNodePort"] = port.into();
         }
         if self.external_ip {
             spec["externalIPs"] = json!([claimed.external()]);
@@ -249,6 +273,19 @@ impl Kind {
 }
 
 impl Slice {
+    /// Ready endpoints of the first Service.
+    pub(super) fn plain(pods: &[u8]) -> Self {
+        let point =
+            |pod: &u8| Point { pod: *pod, state: None, placed: true, zone: None, node: None };
+        Self {
+            service: 1,
+            other_family: false,
+            ports: [Some(8080), None],
+            stray: false,
+            points: pods.iter().map(point).collect(),
+        }
+    }
+
     /// As the API has it.
     pub(super) fn object(&self, id: u8, family: Family) -> Value {
         let family = if self.other_family { other(family) } else { family };
