@@ -25,6 +25,7 @@ pub(super) fn edits(mode: Mode, family: Family) -> Vec<String> {
             "delete element X endpoints { ONE . tcp . 80 . 0x00000000 }",
             "add element X endpoints { ONE . tcp . 80 . 0x00000007 : TEN . 80 }",
             "delete element X services { ONE . tcp . 80 }",
+            "add element X services { TEN . tcp . 80 : drop }",
             "add element X cluster-ips { TEN }",
             "flush chain X endpoints-2",
             "add rule X nat-output accept",

@@ -4,7 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{nftables::Table, world::PORTS};
-use crate::{Mode, model::Family, netns::Namespace, packets::fixture::Addresses};
+use crate::{
+    Mode, model::Family, netns::Namespace, nftables::layout::DynamicChain,
+    packets::fixture::Addresses,
+};
 
 /// Maps that have an index in their keys.
 const ROWS: [&str; 4] =
@@ -46,13 +49,14 @@ fn nftables(table: &Table) -> BTreeSet<String> {
     }
     // What nothing leads to any more goes with a later change, or waits for its next use.
     let used = table.used_chains();
-    let in_use = |name: &str| !name.starts_with("sources-") || used.contains(name);
+    let in_use = |name: &str| DynamicChain::parse(name).is_none() || used.contains(name);
     let sets = table.sets.iter().filter(|(name, _)| !ROWS.contains(&&***name) && in_use(name));
     for (name, elements) in sets.filter(|(name, _)| *name != "affinity") {
         lines.insert(format!("set {name}"));
         lines.extend(elements.iter().map(|(key, value)| format!("{name} {key}: {value}")));
     }
-    lines.extend(used.iter().map(|name| format!("chain {name}: {:?}", table.chains[*name].rules)));
+    let chains = table.chains.iter().filter(|(name, _)| in_use(name));
+    lines.extend(chains.map(|(name, chain)| format!("chain {name}: {:?}", chain.rules)));
     lines
 }
 

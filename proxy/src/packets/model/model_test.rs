@@ -17,7 +17,7 @@ use super::{
     packet::{Fate, Rules},
     reference::{Outcome, Pair},
     steps::{Change, SERVICES, Step, steps},
-    world::{Kind, Ranges, Slice, To, World},
+    world::{Kind, Ranges, Slice, Spec, To, World},
 };
 use crate::{
     Mode,
@@ -62,6 +62,32 @@ fn the_kernel_answers_as_the_reference(mode: Mode, family: Family) {
     });
     if let Err(why) = result {
         panic!("{why}\nPROPTEST_RNG_SEED={seed} repeats it");
+    }
+}
+
+/// What others do to the rules shows, whether in what becomes of packets or in the listing: the
+/// checks can fail.
+#[test]
+fn every_edit_makes_a_difference() {
+    let families = [Family::V4, Family::V6];
+    let modes = [Mode::Nftables, Mode::Iptables].into_iter();
+    for (mode, family) in modes.flat_map(|mode| families.map(|family| (mode, family))) {
+        let net = Net::new();
+        let mut run = Run::new(&net, mode, family, 1);
+        run.apply(&Change::Service(1, Some(Spec::PLAIN))).unwrap();
+        run.apply(&Change::Slice(0, Some(Slice::plain(&[1, 2])))).unwrap();
+        let mut astray = 0;
+        for edit in edits(mode, family) {
+            run.rules_agree().unwrap();
+            net.host.sh(&edit);
+            if run.rules_agree().is_err() {
+                astray += 1;
+            } else {
+                assert!(run.a_fresh_start_is_the_same().is_err(), "{mode:?} {edit}");
+            }
+            run.proxy.as_ref().unwrap().synchronize();
+        }
+        assert!(astray >= 5, "{mode:?}: {astray} edits led packets astray");
     }
 }
 
