@@ -163,7 +163,6 @@ async fn wait_while_busy<W: Future<Output = bool>>(
 }
 
 /// Opens the backends of the mode that was asked for, or of the next that works, at once.
-#[cfg(test)]
 pub(crate) fn choose(config: &ProxyConfig) -> Result<Chosen, ProxyError> {
     settle_on(config, open(config.mode, config))
 }
