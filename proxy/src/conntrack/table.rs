@@ -5,14 +5,13 @@
 
 use std::{collections::HashSet, io, net::IpAddr};
 
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-
 use crate::{
     backend::Stale,
     model::{Family, Protocol},
     nftables::{
         attribute::{Attributes, Header, Messages, Writer},
         uapi::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR},
+        wire::{Wire, error_of},
     },
 };
 
@@ -50,11 +49,10 @@ type Way = (Option<IpAddr>, u8, u16, Option<(IpAddr, u16)>);
 
 /// A socket to the connection table.
 pub(crate) struct ConntrackTable {
-    socket: Socket,
+    wire: Wire,
     sequence: u32,
     /// Whether the kernel deletes by filter; not known until tried.
     by_filter: bool,
-    buffer: Vec<u8>,
 }
 
 impl ConntrackTable {
@@ -63,10 +61,12 @@ impl ConntrackTable {
     /// # Errors
     /// When there is none to be had.
     pub(crate) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        let _ = socket.set_cap_ack(true);
-        Ok(Self { socket, sequence: 0, by_filter: true, buffer: Vec::new() })
+        Wire::open().map(Self::over)
+    }
+
+    /// Talks over this wire.
+    pub(crate) fn over(wire: Wire) -> Self {
+        Self { wire, sequence: 0, by_filter: true }
     }
 
     /// Removes the connections of one family that went the stale ways. How many are known to have gone: the
@@ -208,7 +208,7 @@ impl ConntrackTable {
             resource: 0,
         };
         writer.message(header, body);
-        self.socket.send_to(writer.bytes(), &SocketAddr::new(0, 0), 0)?;
+        self.wire.send(writer.bytes())?;
         Ok(self.sequence)
     }
 
@@ -217,28 +217,29 @@ impl ConntrackTable {
         sequence: u32,
         mut each: impl FnMut(Attributes<'_>),
     ) -> io::Result<()> {
-        loop {
-            self.buffer.clear();
-            self.buffer.reserve(64 * 1024);
-            self.socket.recv(&mut self.buffer, 0)?;
-            for message in Messages(&self.buffer).filter(|m| m.sequence == sequence) {
-                match message.kind {
-                    NLMSG_DONE => return Ok(()),
+        while let Some(messages) = self.wire.read()? {
+            for message in Messages(messages).filter(|m| m.sequence == sequence) {
+                let ended = match message.kind {
+                    NLMSG_DONE => Ok(()),
                     NLMSG_ERROR => {
-                        let code = message.payload.first_chunk().copied().map(i32::from_ne_bytes);
-                        return match code {
+                        match message.payload.first_chunk().copied().map(i32::from_ne_bytes) {
                             Some(0) => Ok(()),
-                            Some(code) => Err(io::Error::from_raw_os_error(-code)),
+                            Some(code) => Err(error_of(code)),
                             None => Err(io::ErrorKind::InvalidData.into()),
-                        };
+                        }
                     }
-                    kind if kind == NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW => {
-                        each(message.attributes());
+                    kind => {
+                        if kind == NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {
+                            each(message.attributes());
+                        }
+                        continue;
                     }
-                    _ => {}
-                }
+                };
+                self.wire.settled();
+                return ended;
             }
         }
+        Err(io::Error::other("the kernel's answers were lost"))
     }
 }
 

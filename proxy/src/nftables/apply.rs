@@ -52,12 +52,12 @@ impl Table {
     /// # Errors
     /// When there are no netfilter sockets to be had.
     pub(crate) fn open(layout: Layout) -> Result<Self, NftError> {
-        Ok(Self {
-            socket: NftSocket::open()?,
-            ears: Ears::default(),
-            layout,
-            held: Held::default(),
-        })
+        Ok(Self::over(NftSocket::open()?, layout))
+    }
+
+    /// Talks over this socket.
+    pub(crate) fn over(socket: NftSocket, layout: Layout) -> Self {
+        Self { socket, ears: Ears::default(), layout, held: Held::default() }
     }
 
     /// What a monitor has to know, to be deaf to what is written here.
@@ -437,7 +437,7 @@ impl Needed {
     }
 
     /// Writes the table's own sets and chains, if any, and then these.
-    fn write(&self, layout: &Layout, own: Vec<Chain>, batch: &mut Batch) {
+    pub(super) fn write(&self, layout: &Layout, own: Vec<Chain>, batch: &mut Batch) {
         for (id, list) in &self.lists {
             batch.add_set(&layout.source_set(*id));
             batch.elements(id.name(), true, list.elements());

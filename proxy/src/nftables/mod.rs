@@ -10,7 +10,7 @@
 //! [`picks`] those that are made when they are needed, both put together from [`steps`]; [`held`]
 //! turns units into [`changes`] of elements ([`keys`], [`sources`]), and [`reading`] turns elements
 //! back; [`batch`], [`expression`] and [`attribute`] are the encoder; [`socket`] talks to the
-//! kernel; [`observe`] reads back, with [`elements`]; [`apply`] writes; [`monitor`] hears of others who write; [`text`] prints all of it
+//! kernel over a [`wire`]; [`observe`] reads back, with [`elements`]; [`apply`] writes; [`monitor`] hears of others who write; [`text`] prints all of it
 //! without a kernel. The packet's path is drawn in the crate's `README.md`.
 //!
 //! The number of chains and rules doesn't grow with Services, and the cost of a change doesn't
@@ -35,6 +35,7 @@ pub(crate) mod sources;
 pub(crate) mod steps;
 pub(crate) mod text;
 pub(crate) mod uapi;
+pub(crate) mod wire;
 
 #[cfg(test)]
 mod chains_test;
@@ -46,6 +47,8 @@ mod golden;
 mod kernel_test;
 #[cfg(test)]
 mod monitor_test;
+#[cfg(test)]
+mod refusal_test;
 #[cfg(test)]
 mod ruleset_test;
 #[cfg(test)]

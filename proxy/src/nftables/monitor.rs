@@ -20,7 +20,12 @@ use netlink_sys::{
     AsyncSocket, AsyncSocketExt, Socket, SocketAddr, TokioSocket, protocols::NETLINK_NETFILTER,
 };
 
-use super::{attribute::Messages, batch::TABLE, socket::force_buffer, uapi::*};
+use super::{
+    attribute::{Message, Messages},
+    batch::TABLE,
+    uapi::*,
+    wire::force_buffer,
+};
 
 /// A listener for transactions of others.
 pub(crate) struct Monitor {
@@ -99,7 +104,7 @@ impl Monitor {
         loop {
             match self.socket.recv_from_full().await {
                 Ok((bytes, _)) => {
-                    if Messages(&bytes).any(|message| self.concerns_us(&message)) {
+                    if Messages(&bytes).any(|message| concerns_us(&message, &self.families)) {
                         return Ok(Heard::Edited);
                     }
                 }
@@ -110,16 +115,17 @@ impl Monitor {
             }
         }
     }
+}
 
-    fn concerns_us(&self, message: &super::attribute::Message<'_>) -> bool {
-        let [subsystem, kind] = message.kind.to_be_bytes();
-        if subsystem != NFNL_SUBSYS_NFTABLES || matches!(kind, NFT_MSG_NEWGEN | NFT_MSG_TRACE) {
-            return false;
-        }
-        // The table's name is the first attribute of every kind of message.
-        message.family().is_some_and(|family| self.families.contains(&family))
-            && message.attributes().find_text(NFTA_TABLE_NAME) == Some(TABLE)
+/// Whether a notification is about the proxy's table in one of these families.
+pub(crate) fn concerns_us(message: &Message<'_>, families: &[u8]) -> bool {
+    let [subsystem, kind] = message.kind.to_be_bytes();
+    if subsystem != NFNL_SUBSYS_NFTABLES || matches!(kind, NFT_MSG_NEWGEN | NFT_MSG_TRACE) {
+        return false;
     }
+    // The table's name is the first attribute of every kind of message.
+    message.family().is_some_and(|family| families.contains(&family))
+        && message.attributes().find_text(NFTA_TABLE_NAME) == Some(TABLE)
 }
 
 /// Lets the kernel drop notifications of what these sockets did. All messages of one datagram are

@@ -1,23 +1,18 @@
-//! The netlink socket that transactions and questions go through.
-//!
-//! Netlink is synchronous: the kernel has done all, and queued its answers, when `send` returns.
-//! So nothing here waits, and a commit is one system call and one or two reads.
+//! Transactions and questions over a [wire](super::wire): a commit is one system call and one or
+//! two reads.
 
-use std::{io, os::fd::AsRawFd};
-
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use std::io;
 
 use super::{
     attribute::{Attributes, Header, Message, Messages, Writer},
     batch::Batch,
     uapi::*,
+    wire::{Wire, error_of, force_buffer},
 };
 use crate::model::Family;
 
 /// How many times a listing that a commit of somebody else tore is begun again.
 const LISTING_TRIES: usize = 10;
-/// The kernel's messages fit in one read of this size.
-const READ_BYTES: usize = 256 * 1024;
 
 /// Why the kernel's tables could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -65,11 +60,9 @@ fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> NftError {
 /// A socket to the kernel's tables.
 #[derive(Debug)]
 pub(crate) struct NftSocket {
-    socket: Socket,
-    port: u32,
+    wire: Wire,
     send_limit: usize,
     sequence: u32,
-    buffer: Vec<u8>,
 }
 
 impl NftSocket {
@@ -78,26 +71,19 @@ impl NftSocket {
     /// # Errors
     /// When the kernel has no netfilter sockets or the process may not have one.
     pub(crate) fn open() -> Result<Self, NftError> {
-        let mut socket =
-            Socket::new(NETLINK_NETFILTER).map_err(failed("open a netfilter socket"))?;
-        let address = socket.bind_auto().map_err(failed("bind a netfilter socket"))?;
-        socket.set_non_blocking(true).map_err(failed("set up a netfilter socket"))?;
-        // Answers without a copy of the question, and with an explanation; both only help.
-        let _ = socket.set_cap_ack(true);
-        let _ = socket.set_ext_ack(true);
-        force_buffer(&socket, libc::SO_RCVBUFFORCE, 4 << 20);
-        Ok(Self {
-            port: address.port_number(),
-            socket,
-            send_limit: 0,
-            sequence: 0,
-            buffer: Vec::new(),
-        })
+        let wire = Wire::open().map_err(failed("open a netfilter socket"))?;
+        force_buffer(wire.socket(), libc::SO_RCVBUFFORCE, 4 << 20);
+        Ok(Self::over(wire))
+    }
+
+    /// Talks over this wire.
+    pub(crate) fn over(wire: Wire) -> Self {
+        Self { wire, send_limit: 0, sequence: 0 }
     }
 
     /// The number by which the kernel names this socket in its notifications.
     pub(crate) fn port(&self) -> u32 {
-        self.port
+        self.wire.port()
     }
 
     /// Carries out a transaction.
@@ -135,7 +121,7 @@ impl NftSocket {
             // A load is several megabytes. The kernel counts its own overhead too and wants the
             // whole batch in one piece.
             self.send_limit = length.saturating_mul(2).max(1 << 20);
-            force_buffer(&self.socket, libc::SO_SNDBUFFORCE, self.send_limit);
+            force_buffer(self.wire.socket(), libc::SO_SNDBUFFORCE, self.send_limit);
         }
         self.send(batch.bytes(), "send a transaction")?;
         let last = batch.last_sequence();
@@ -156,6 +142,9 @@ impl NftSocket {
             if done {
                 break;
             }
+        }
+        if done || refusal.is_some() {
+            self.wire.settled();
         }
         match refusal {
             Some(refusal) => Err(refusal),
@@ -229,6 +218,7 @@ impl NftSocket {
                 }
             }
             if let Some(generation) = generation {
+                self.wire.settled();
                 return Ok(generation);
             }
         }
@@ -267,61 +257,37 @@ impl NftSocket {
             for message in Messages(messages).filter(|m| m.sequence == sequence) {
                 torn |= message.flags & NLM_F_DUMP_INTR != 0;
                 if message.kind == NLMSG_DONE {
+                    self.wire.settled();
                     return Ok(!torn);
                 }
-                match error_code(&message) {
-                    Some(code) if code == -libc::EINTR => return Ok(false),
+                let Some(code) = error_code(&message) else {
+                    each(message);
+                    continue;
+                };
+                let ended = match -i64::from(code) {
+                    0 => continue,
+                    errno if errno == i64::from(libc::EINTR) => Ok(false),
                     // What isn't there has nothing to list.
-                    Some(code) if code == -libc::ENOENT => return Ok(true),
-                    Some(code) if code != 0 => {
-                        return Err(refused("a listing".into(), code, &message));
-                    }
-                    Some(_) => {}
-                    None => each(message),
-                }
+                    errno if errno == i64::from(libc::ENOENT) => Ok(true),
+                    _ => Err(refused("a listing".into(), code, &message)),
+                };
+                self.wire.settled();
+                return ended;
             }
         }
         Err(NftError::AnswersLost)
     }
 
-    fn send(&self, bytes: &[u8], doing: &'static str) -> Result<(), NftError> {
-        let kernel = SocketAddr::new(0, 0);
-        self.socket.send_to(bytes, &kernel, 0).map_err(failed(doing))?;
-        Ok(())
+    fn send(&mut self, bytes: &[u8], doing: &'static str) -> Result<(), NftError> {
+        self.wire.send(bytes).map_err(failed(doing))
     }
 
     /// What waits to be read, or nothing.
     fn read_some(&mut self) -> Result<Option<&[u8]>, NftError> {
-        self.buffer.clear();
-        self.buffer.reserve(READ_BYTES);
-        match self.socket.recv(&mut self.buffer, 0) {
-            Ok(_) => Ok(Some(&self.buffer)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Err(NftError::AnswersLost),
-            Err(source) => Err(NftError::Socket { doing: "read the kernel's answer", source }),
-        }
-    }
-}
-
-/// Sets a buffer's size past the system's limit, and as far as the limit where that isn't allowed.
-pub(crate) fn force_buffer(socket: &Socket, option: libc::c_int, bytes: usize) {
-    let set = |option: libc::c_int| {
-        let size = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
-        // SAFETY: the descriptor is open for as long as `socket` is borrowed, and the option's
-        // value is an int that lives across the call.
-        unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                option,
-                std::ptr::from_ref(&size).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
-            ) == 0
-        }
-    };
-    if !set(option) {
-        let plain = if option == libc::SO_SNDBUFFORCE { libc::SO_SNDBUF } else { libc::SO_RCVBUF };
-        set(plain);
+        self.wire.read().map_err(|source| match source.raw_os_error() {
+            Some(libc::ENOBUFS) => NftError::AnswersLost,
+            _ => NftError::Socket { doing: "read the kernel's answer", source },
+        })
     }
 }
 
@@ -344,5 +310,5 @@ fn refused(subject: String, code: i32, message: &Message<'_>) -> NftError {
             Attributes(attributes).find_text(NLMSGERR_ATTR_MSG).map(str::to_owned)
         })
         .flatten();
-    NftError::Refused { subject, explanation, source: io::Error::from_raw_os_error(-code) }
+    NftError::Refused { subject, explanation, source: error_of(code) }
 }
