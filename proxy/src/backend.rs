@@ -5,7 +5,7 @@
 //! the difference as a pure function, and applies it.
 
 use crate::{
-    model::{Endpoint, Family, table::ServiceTable},
+    model::{Endpoint, Family, eligible::ENDPOINTS_MAX, table::ServiceTable},
     nftables::socket::NftError,
     ruleset::{Frontend, Unit, desired::Desired},
 };
@@ -49,6 +49,11 @@ pub(crate) trait Backend: Send {
 
     /// How many units are in force.
     fn units(&self) -> usize;
+
+    /// The most endpoints of one port that can be put into force without keeping others waiting.
+    fn endpoints_max(&self) -> usize {
+        ENDPOINTS_MAX
+    }
 
     /// Whether connections live in the kernel's table, which then must forget stale ones.
     fn tracks_connections(&self) -> bool {

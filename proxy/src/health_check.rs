@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::NodePortAddresses,
     health::{self, Health},
-    model::{Family, table::ServiceTable},
+    model::{Family, Problem, table::ServiceTable},
 };
 
 /// The first and the longest wait before a port that is taken is tried again.
@@ -49,7 +49,7 @@ struct Check {
 /// All health-check node ports, and the node's addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Checks {
-    /// Of two Services with one port the first by name has it.
+    /// Of two Services with one port the older has it.
     by_port: BTreeMap<u16, Check>,
     node_addresses: BTreeSet<IpAddr>,
 }
@@ -57,7 +57,9 @@ pub(crate) struct Checks {
 /// The loop's end: what each Service wants.
 #[derive(Debug, Default)]
 pub(crate) struct HealthChecks {
-    services: BTreeMap<ObjectKey, (u16, Check)>,
+    services: BTreeMap<ObjectKey, (u16, i64, Check)>,
+    /// Who wants a port, and since when it is there; the first has it.
+    claims: BTreeMap<u16, BTreeSet<(i64, ObjectKey)>>,
     node_addresses: BTreeSet<IpAddr>,
     changed: bool,
     published: Option<watch::Sender<Arc<Checks>>>,
@@ -69,17 +71,45 @@ impl HealthChecks {
         Self { published: Some(published), ..Self::default() }
     }
 
-    /// Looks at a Service again.
-    pub(crate) fn note(&mut self, key: &ObjectKey, objects: &ServiceTable) {
+    /// Looks at a Service again. Whom to tell that it doesn't get its port, if that is news.
+    pub(crate) fn note(
+        &mut self,
+        key: &ObjectKey,
+        objects: &ServiceTable,
+    ) -> Option<(ObjectKey, Problem)> {
         let wanted = objects.health_check_port(key).map(|port| {
             let uid = objects.uid(key);
-            (port, Check { service: key.clone(), uid, local: objects.local_ready(key) })
+            let check = Check { service: key.clone(), uid, local: objects.local_ready(key) };
+            (port, objects.created(key), check)
         });
         let before = match wanted.clone() {
             Some(wanted) => self.services.insert(key.clone(), wanted),
             None => self.services.remove(key),
         };
         self.changed |= before != wanted;
+        let claim = |(port, created, _): &(u16, i64, Check)| (*port, (*created, key.clone()));
+        let (before, now) = (before.as_ref().map(claim), wanted.as_ref().map(claim));
+        if before == now {
+            return None;
+        }
+        if let Some((port, claim)) = before
+            && let Some(claims) = self.claims.get_mut(&port)
+        {
+            claims.remove(&claim);
+            if claims.is_empty() {
+                self.claims.remove(&port);
+            }
+        }
+        let (port, claim) = now?;
+        let claims = self.claims.entry(port).or_default();
+        let owner = claims.first().cloned();
+        claims.insert(claim.clone());
+        let (older, younger) = match owner? {
+            owner if owner < claim => (owner.1, claim.1),
+            owner => (claim.1, owner.1),
+        };
+        let message = format!("health check node port {port} is that of the older Service {older}");
+        Some((younger, Problem::new("PortConflict", message)))
     }
 
     /// Takes in the node's addresses.
@@ -97,16 +127,11 @@ impl HealthChecks {
     /// Hands on what was noted.
     pub(crate) fn publish(&mut self) {
         let Some(published) = self.published.as_ref().filter(|_| self.changed) else { return };
-        let mut by_port = BTreeMap::new();
-        for (port, check) in self.services.values() {
-            let has = by_port.entry(*port).or_insert_with(|| check.clone());
-            if has.service != check.service {
-                tracing::warn!(
-                    port, service = %check.service, of = %has.service,
-                    "a health-check node port is that of another Service and stays there"
-                );
-            }
-        }
+        let owners = self.claims.iter().filter_map(|(port, claims)| {
+            let (_, owner) = claims.first()?;
+            Some((*port, self.services.get(owner)?.2.clone()))
+        });
+        let by_port = owners.collect();
         let checks = Checks { by_port, node_addresses: self.node_addresses.clone() };
         published.send_replace(Arc::new(checks));
         self.changed = false;
@@ -278,6 +303,51 @@ fn page(check: Option<&Check>, keeps_up: bool) -> Response<Full<Bytes>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn balanced(created: i64, port: u16) -> crate::model::objects::Service {
+        let object = serde_json::json!({
+            "metadata": {"creationTimestamp": jiff::Timestamp::from_second(created).unwrap().to_string()},
+            "spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.1", "healthCheckNodePort": port,
+                     "externalTrafficPolicy": "Local", "ports": [{"port": 80}]},
+        });
+        let object = serde_json::from_value(object).unwrap();
+        crate::model::objects::Service::read(&object).0.unwrap()
+    }
+
+    #[test]
+    fn the_older_service_has_a_port_the_younger_is_told_once_and_takes_over() {
+        let (old, new) = (ObjectKey::new("d", "z-old"), ObjectKey::new("d", "a-new"));
+        for order in [[(&old, 1), (&new, 2)], [(&new, 2), (&old, 1)]] {
+            let (published, mut checks) = watch::channel(Arc::default());
+            let (mut health, mut objects) = (HealthChecks::new(published), ServiceTable::default());
+            let mut told = Vec::new();
+            for (key, created) in order {
+                objects.set_service(key, Some(balanced(created, 30_100)));
+                told.extend(health.note(key, &objects));
+                assert_eq!(health.note(key, &objects), None, "it is no news");
+            }
+            let [(younger, problem)] = &told[..] else { panic!("{told:?}") };
+            assert_eq!((younger, problem.reason), (&new, "PortConflict"));
+            assert_eq!(
+                problem.message,
+                "health check node port 30100 is that of the older Service d/z-old"
+            );
+            let mut owner = |health: &mut HealthChecks| {
+                health.publish();
+                checks.borrow_and_update().by_port.get(&30_100).map(|c| c.service.clone())
+            };
+            assert_eq!(owner(&mut health), Some(old.clone()));
+            objects.set_service(&old, Some(balanced(1, 30_101)));
+            assert_eq!(health.note(&old, &objects), None);
+            assert_eq!(owner(&mut health), Some(new.clone()));
+            for key in [&new, &old] {
+                objects.set_service(key, None);
+                health.note(key, &objects);
+            }
+            assert_eq!(owner(&mut health), None);
+            assert!(health.claims.is_empty() && health.services.is_empty());
+        }
+    }
 
     #[test]
     fn a_node_is_chosen_when_it_has_endpoints_and_its_proxy_keeps_up() {

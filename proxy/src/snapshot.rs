@@ -83,6 +83,9 @@ impl Snapshot {
         }
         let families = config.wanted_families();
         let mut objects = ServiceTable::default();
+        if config.mode == Mode::Iptables {
+            objects.limit_endpoints(iptables::ENDPOINTS_MAX);
+        }
         for object in &from.services {
             let key = ObjectKey::of(&object.metadata);
             let (service, problems) = Service::read(object);

@@ -36,7 +36,7 @@ pub(super) fn candidates<'a>(
     slices: impl Iterator<Item = &'a Slice>,
     local: bool,
 ) -> Vec<Candidate> {
-    let all = merged_endpoints(slices, plan.port, plan.family);
+    let (all, _) = merged_endpoints(slices, plan.port, plan.family);
     let chosen = if local { &plan.eligible.local } else { &plan.eligible.cluster };
     let candidates = all.into_iter().map(|(endpoint, state)| {
         let eligible = chosen.contains(&endpoint);

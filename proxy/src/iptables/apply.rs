@@ -39,7 +39,7 @@ const PROBE: &str = "KUBE-PROXY-PROBE";
 #[derive(Debug)]
 pub(crate) struct Rules {
     settings: Settings,
-    programs: Arc<Programs>,
+    pub(super) programs: Arc<Programs>,
     held: Arc<Mutex<Held>>,
     node: Vec<IpAddr>,
     commented: bool,
@@ -169,6 +169,7 @@ impl Rules {
             return Ok(Vec::new());
         };
         match keys.len() {
+            _ if is_nobodys(&error) => Err(error),
             0 => Err(error),
             1 => Ok(keys.iter().map(Arc::clone).zip([error]).collect()),
             count => {
@@ -193,6 +194,9 @@ impl Rules {
         let mut keys: BTreeSet<Arc<ObjectKey>> =
             goal.objects.keys().map(|key| Arc::new(key.clone())).collect();
         if let Err(error) = self.commit(&keys, Whole::Swept, goal, &mut applied) {
+            if is_nobodys(&error) {
+                return Err(error);
+            }
             tracing::warn!(%error, "iptables refused the rules as a whole; writing them in parts");
             // Without any Service it has to work, or nothing does.
             self.culprits(&BTreeSet::new(), goal, &mut applied)?;
@@ -270,6 +274,20 @@ impl Applied {
     }
 }
 
+/// What iptables says where others hold its lock for too long; its status says the same of rules
+/// that the kernel refuses.
+const LOCKED: &str = "xtables lock";
+
+/// Whether it is no Service's fault, so that nothing is gained by writing others without it: a
+/// program can't be run, or others hold the lock.
+fn is_nobodys(error: &BackendError) -> bool {
+    match error {
+        BackendError::Io { .. } => true,
+        BackendError::Busy { message, .. } => message.contains(LOCKED),
+        _ => false,
+    }
+}
+
 /// How much is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Whole {
@@ -319,6 +337,7 @@ impl Backend for Rules {
         let mut applied = Applied::default();
         match self.commit(&keys, whole, goal, &mut applied) {
             Ok(()) => Ok(applied),
+            Err(error) if is_nobodys(&error) => Err(error),
             // Somebody may have edited the rules: look before blaming a Service.
             Err(error) => {
                 tracing::warn!(%error, "iptables refused a change; reading back what is there");
@@ -334,6 +353,10 @@ impl Backend for Rules {
 
     fn units(&self) -> usize {
         self.held().units()
+    }
+
+    fn endpoints_max(&self) -> usize {
+        super::ENDPOINTS_MAX
     }
 
     fn remove(&mut self) -> Result<(), BackendError> {

@@ -39,7 +39,7 @@ pub(super) struct Proxy {
 }
 
 impl Proxy {
-    fn start(host: &Namespace, settings: Settings) -> Self {
+    pub(super) fn start(host: &Namespace, settings: Settings) -> Self {
         let family = settings.family;
         let rules = host.run(move || Rules::open(settings).unwrap());
         let mut proxy =

@@ -42,7 +42,8 @@ pub(crate) struct Programs {
     /// `iptables`, `ip6tables-legacy`, …
     name: String,
     save: PathBuf,
-    restore: PathBuf,
+    /// Which one writes; another one stands for what may go wrong, in tests.
+    pub(super) restore: PathBuf,
     /// What the program calls itself.
     pub(crate) version: String,
     /// Whether it writes the kernel's old tables.

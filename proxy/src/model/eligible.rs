@@ -7,6 +7,10 @@ use super::{
     objects::{Hint, ServicePort, Slice, SliceEndpoint},
 };
 
+/// The most endpoints behind one port; each costs an element in the kernel, and each change of one
+/// looks at all of them.
+pub(crate) const ENDPOINTS_MAX: usize = 65_536;
+
 /// The endpoints of one service port in one family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Eligible {
@@ -18,6 +22,8 @@ pub(crate) struct Eligible {
     pub(crate) hairpin: Vec<Endpoint>,
     /// Which hints narrowed [`Self::cluster`] down.
     pub(crate) topology: Topology,
+    /// Whether there are more endpoints than are looked at.
+    pub(crate) too_many: bool,
 }
 
 impl Eligible {
@@ -32,7 +38,7 @@ impl Eligible {
         port: &ServicePort,
         family: Family,
     ) -> Self {
-        let endpoints = merged_endpoints(slices, port, family);
+        let (endpoints, too_many) = merged_endpoints(slices, port, family);
         let chosen = |wanted: &dyn Fn(&SliceEndpoint) -> bool| -> Vec<Endpoint> {
             endpoints.iter().filter(|(_, state)| wanted(state)).map(|(e, _)| *e).collect()
         };
@@ -55,7 +61,7 @@ impl Eligible {
             })
             .map(|(endpoint, _)| *endpoint)
             .collect();
-        Self { cluster, local, hairpin, topology }
+        Self { cluster, local, hairpin, topology, too_many }
     }
 }
 
@@ -97,17 +103,21 @@ impl Topology {
     }
 }
 
-/// All endpoints of one service port, whatever their state, each once.
+/// All endpoints of one service port, whatever their state, each once; and whether there are more
+/// than [`ENDPOINTS_MAX`], of which the first slices' are taken.
 pub(crate) fn merged_endpoints<'a>(
     slices: impl IntoIterator<Item = &'a Slice>,
     port: &ServicePort,
     family: Family,
-) -> BTreeMap<Endpoint, SliceEndpoint> {
+) -> (BTreeMap<Endpoint, SliceEndpoint>, bool) {
     let mut endpoints: BTreeMap<Endpoint, SliceEndpoint> = BTreeMap::new();
     for slice in slices.into_iter().filter(|slice| slice.family == family) {
         for number in target_ports(slice, &port.name, port.protocol) {
             for found in slice.endpoints.iter() {
                 let endpoint = Endpoint { address: found.address, port: number };
+                if endpoints.len() == ENDPOINTS_MAX && !endpoints.contains_key(&endpoint) {
+                    return (endpoints, true);
+                }
                 endpoints
                     .entry(endpoint)
                     .and_modify(|known| *known = merged(*known, *found))
@@ -115,7 +125,7 @@ pub(crate) fn merged_endpoints<'a>(
             }
         }
     }
-    endpoints
+    (endpoints, false)
 }
 
 /// Named ports may differ from slice to slice.

@@ -6,10 +6,12 @@
 //!   slices ───┘   (one key a time)    └─ addresses: service addresses, hairpin
 //! ```
 //!
-//! [`objects`] takes from the API's objects what matters here and refuses what is wrong in them;
+//! [`objects`] takes from the API's objects what matters here and refuses what is wrong in them
+//! ([`address`]);
 //! [`eligible`] chooses the endpoints of one service port; [`table`] keeps all of it by service and
 //! says which parts of the [ruleset](crate::ruleset) a change touches. Nothing here does I/O.
 
+mod address;
 pub(crate) mod compact;
 pub(crate) mod eligible;
 pub(crate) mod objects;

@@ -15,6 +15,7 @@ use keelson_api::object::ObjectKey;
 
 use super::{
     Family, Problem, Protocol,
+    address::{external_address, usable_address},
     compact::{ClusterAddresses, Uid},
 };
 
@@ -30,6 +31,12 @@ const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const AFFINITY_TIMEOUT: Duration = Duration::from_secs(10_800);
 /// The most addresses in one slice; the API has 1,000 as its limit.
 const SLICE_ENDPOINTS: usize = 1_000;
+/// The most ports in one slice; the API has 100 as its limit.
+const SLICE_PORTS: usize = 100;
+/// How many endpoints that are left out an event names.
+const NAMED: usize = 3;
+/// How much of a text that is no address an event shows.
+const TEXT_MAX: usize = 64;
 
 /// Which endpoints traffic may go to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -214,19 +221,6 @@ impl Service {
     }
 }
 
-/// An address for the outside, which must be of a family that the Service has.
-fn external_address(
-    text: &str,
-    own: ClusterAddresses,
-) -> Result<IpAddr, (&'static str, &'static str)> {
-    let address = usable_address(text).map_err(|why| ("InvalidExternalIP", why))?;
-    if own.iter().any(|a| a.is_ipv4() == address.is_ipv4()) {
-        Ok(address)
-    } else {
-        Err(("KubeProxyIncorrectIPVersion", "the Service has no cluster address of its family"))
-    }
-}
-
 /// Ranges of clients. One that can't be read admits nobody.
 fn read_ranges(texts: &[String], problems: &mut Vec<Problem>) -> Arc<[IpNet]> {
     let mut ranges: Vec<IpNet> = Vec::new();
@@ -253,8 +247,10 @@ fn service_port(port: &core::ServicePort, external: bool) -> Result<ServicePort,
     let refused = |why: String| {
         Problem::new("InvalidPort", format!("port {} {name:?} is not served: {why}", port.port))
     };
-    let protocol = Protocol::parse(port.protocol.as_deref())
-        .ok_or_else(|| refused(format!("protocol {:?} is not known", port.protocol)))?;
+    let protocol = Protocol::parse(port.protocol.as_deref()).ok_or_else(|| {
+        let unknown = port.protocol.as_deref().unwrap_or_default();
+        refused(format!("protocol {unknown:?} is not known"))
+    })?;
     let number = port_number(port.port).ok_or_else(|| refused("it is not a port number".into()))?;
     // 0 is how "none" looks on the wire.
     let node_port = match port.node_port.filter(|n| external && *n != 0) {
@@ -268,38 +264,6 @@ fn service_port(port: &core::ServicePort, external: bool) -> Result<ServicePort,
 
 fn port_number(number: i32) -> Option<u16> {
     u16::try_from(number).ok().filter(|n| *n != 0)
-}
-
-/// An address that traffic may be sent to.
-fn usable_address(text: &str) -> Result<IpAddr, &'static str> {
-    let address: IpAddr = text.parse().map_err(|_| "it is not an address in canonical form")?;
-    let refused = match address {
-        IpAddr::V4(v4) => {
-            if v4.is_link_local() {
-                Some("it is a link-local address")
-            } else if v4.is_broadcast() {
-                Some("it is the broadcast address")
-            } else {
-                None
-            }
-        }
-        IpAddr::V6(v6) => {
-            if v6.is_unicast_link_local() {
-                Some("it is a link-local address")
-            } else if v6.to_ipv4_mapped().is_some() {
-                Some("it is an IPv4 address in IPv6 form")
-            } else {
-                None
-            }
-        }
-    };
-    match refused {
-        Some(why) => Err(why),
-        None if address.is_loopback() => Err("it is a loopback address"),
-        None if address.is_multicast() => Err("it is a multicast address"),
-        None if address.is_unspecified() => Err("it is the unspecified address"),
-        None => Ok(address),
-    }
 }
 
 /// One endpoint of a slice.
@@ -387,7 +351,11 @@ impl Slice {
         }
         let name = object.metadata.name.as_deref().unwrap_or_default();
         let mut ports = Vec::new();
-        for port in object.ports.iter().flatten() {
+        let listed = object.ports.as_deref().unwrap_or_default();
+        if listed.len() > SLICE_PORTS {
+            problems.push(too_many("ports", name, listed.len(), SLICE_PORTS));
+        }
+        for port in listed.iter().take(SLICE_PORTS) {
             let protocol = Protocol::parse(port.protocol.as_deref());
             // A port without a number stands for all ports, which a proxy can't serve.
             let (Some(protocol), Some(number)) = (protocol, port.port) else { continue };
@@ -404,15 +372,10 @@ impl Slice {
         }
         let listed = object.endpoints.as_deref().unwrap_or_default();
         if listed.len() > SLICE_ENDPOINTS {
-            problems.push(Problem::new(
-                "InvalidEndpointSlice",
-                format!(
-                    "slice {name} has {} endpoints; those after the first {SLICE_ENDPOINTS} are left out",
-                    listed.len()
-                ),
-            ));
+            problems.push(too_many("endpoints", name, listed.len(), SLICE_ENDPOINTS));
         }
         let mut endpoints = Vec::new();
+        let mut left_out = Vec::new();
         for endpoint in listed.iter().take(SLICE_ENDPOINTS) {
             // All addresses of an endpoint are the same place; the first is the one to use.
             let Some(text) = endpoint.addresses.first() else { continue };
@@ -420,19 +383,11 @@ impl Slice {
                 Ok(address) if Family::of(address) == family => {
                     endpoints.push(slice_endpoint(address, endpoint, place));
                 }
-                Ok(_) => problems.push(Problem::new(
-                    "InvalidEndpointSlice",
-                    format!(
-                        "endpoint {text:?} of slice {name} is left out: it is not {}",
-                        family.as_str()
-                    ),
-                )),
-                Err(why) => problems.push(Problem::new(
-                    "InvalidEndpointSlice",
-                    format!("endpoint {text:?} of slice {name} is left out: {why}"),
-                )),
+                Ok(_) => left_out.push((text, "it is not of the slice's address type")),
+                Err(why) => left_out.push((text, why)),
             }
         }
+        problems.extend(left_out_of(name, &left_out));
         let triggered = object
             .metadata
             .annotations
@@ -448,6 +403,38 @@ impl Slice {
         };
         (Some(slice), problems)
     }
+}
+
+fn too_many(what: &str, slice: &str, there: usize, most: usize) -> Problem {
+    Problem::new(
+        "InvalidEndpointSlice",
+        format!("slice {slice} has {there} {what}; those after the first {most} are left out"),
+    )
+}
+
+/// One event for all of a slice's endpoints that are of no use: there may be a thousand of them, and
+/// other events must not be lost for it.
+fn left_out_of(slice: &str, endpoints: &[(&String, &'static str)]) -> Option<Problem> {
+    // What the API server would never let through may have any length.
+    let shown = |text: &str| text.chars().take(TEXT_MAX).collect::<String>();
+    let named: Vec<String> = endpoints
+        .iter()
+        .take(NAMED)
+        .map(|(text, why)| format!("{:?}: {why}", shown(text)))
+        .collect();
+    let message = match endpoints.len() {
+        0 => return None,
+        count if count > NAMED => format!(
+            "{count} endpoints of slice {slice} are left out ({}, and {} more)",
+            named.join("; "),
+            count - NAMED
+        ),
+        1 => format!("1 endpoint of slice {slice} is left out ({})", named.join("; ")),
+        count => {
+            format!("{count} endpoints of slice {slice} are left out ({})", named.join("; "))
+        }
+    };
+    Some(Problem::new("InvalidEndpointSlice", message))
 }
 
 fn slice_endpoint(address: IpAddr, endpoint: &discovery::Endpoint, place: &Place) -> SliceEndpoint {
@@ -544,24 +531,27 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_are_no_ones_are_refused() {
-        for text in [
-            "127.0.0.1",
-            "169.254.1.1",
-            "224.0.0.1",
-            "0.0.0.0",
-            "255.255.255.255",
-            "010.0.0.1",
-            "::1",
-            "fe80::1",
-            "ff02::1",
-            "::ffff:10.0.0.1",
-            "",
-            "web",
-        ] {
-            assert!(usable_address(text).is_err(), "{text}");
-        }
-        assert!(usable_address("10.0.0.1").is_ok() && usable_address("fd00::1").is_ok());
+    fn a_slice_without_any_use_is_one_event_and_bounded() {
+        let endpoints: Vec<_> = (0..3_000).map(|_| json!({"addresses": ["::1"]})).collect();
+        let ports: Vec<_> =
+            (0..300).map(|n| json!({"name": format!("p{n}"), "port": 80})).collect();
+        let (read, problems) = slice(json!({
+            "metadata": {"name": "s-1", "namespace": "d", "labels": {"kubernetes.io/service-name": "s"}},
+            "addressType": "IPv6", "ports": ports, "endpoints": endpoints,
+        }));
+        assert_eq!(read.unwrap().ports.len(), SLICE_PORTS);
+        let messages: Vec<&str> = problems.iter().map(|p| &*p.message).collect();
+        let [ports, endpoints, left_out] = messages[..] else { panic!("{messages:?}") };
+        assert_eq!(ports, "slice s-1 has 300 ports; those after the first 100 are left out");
+        assert_eq!(
+            endpoints,
+            "slice s-1 has 3000 endpoints; those after the first 1000 are left out"
+        );
+        assert!(
+            left_out.starts_with("1000 endpoints of slice s-1 are left out (\"::1\""),
+            "{left_out}"
+        );
+        assert!(left_out.ends_with("and 997 more)") && left_out.len() < 300, "{left_out}");
     }
 
     #[test]
@@ -578,7 +568,15 @@ mod tests {
         }));
         let read = read.unwrap();
         assert_eq!(read.ports, [(Box::from(""), Protocol::Tcp, 80)].into());
-        assert_eq!(problems.len(), 3, "{problems:?}");
+        let messages: Vec<&str> = problems.iter().map(|p| &*p.message).collect();
+        assert_eq!(
+            messages,
+            [
+                "port 0 of slice s-1 is not a port number and is left out",
+                "2 endpoints of slice s-1 are left out (\"127.0.0.1\": it is a loopback address; \
+                 \"fd00::1\": it is not of the slice's address type)",
+            ]
+        );
         let [first, second] = &read.endpoints[..] else { panic!("{:?}", read.endpoints) };
         assert!(first.ready && first.serving && !first.terminating && first.local);
         assert_eq!((first.node_hint, first.zone_hint), (Hint::Elsewhere, Hint::Here));

@@ -13,13 +13,14 @@ use keelson_api::object::ObjectKey;
 
 use super::{
     Endpoint, Family, Problem,
-    eligible::Eligible,
+    eligible::{ENDPOINTS_MAX, Eligible},
     objects::{Service, ServicePort, Slice, TrafficPolicy},
 };
 use crate::ruleset::{Action, AddressSet, Frontend, Lane, Masquerade, desired::ServiceRules};
 
-/// The most endpoints behind one port; each costs an element in the kernel.
-const ENDPOINTS_MAX: usize = 65_536;
+/// From so many slices on a Service is planned once for all that comes in together: each plan looks
+/// at all of them.
+const MANY_SLICES: usize = 16;
 
 /// Every Service and slice, as last seen.
 ///
@@ -30,6 +31,8 @@ pub(crate) struct ServiceTable {
     entries: HashMap<Arc<ObjectKey>, Box<Entry>>,
     /// Which service a slice was for, as a slice's label may change.
     slice_owner: HashMap<Arc<ObjectKey>, Arc<ObjectKey>>,
+    /// The most endpoints behind one port, if that is less than can be looked at.
+    endpoints_max: Option<usize>,
 }
 
 /// A Service with its slices; there is none when both are gone.
@@ -47,6 +50,11 @@ impl Entry {
 }
 
 impl ServiceTable {
+    /// Plans no more endpoints behind one port than this.
+    pub(crate) fn limit_endpoints(&mut self, most: usize) {
+        self.endpoints_max = Some(most);
+    }
+
     /// Takes in a Service as it is now; `None` if it is gone or none of ours. Whether it changed.
     pub(crate) fn set_service(&mut self, key: &ObjectKey, service: Option<Service>) -> bool {
         let Some(entry) = self.entries.get_mut(key) else {
@@ -121,6 +129,16 @@ impl ServiceTable {
         self.service(key).map(|service| service.uid.to_string())
     }
 
+    /// When a Service was created, in seconds since 1970.
+    pub(crate) fn created(&self, key: &ObjectKey) -> i64 {
+        self.service(key).map_or(i64::MAX, |service| service.created)
+    }
+
+    /// Whether it takes long to plan a Service.
+    pub(crate) fn has_many_slices(&self, key: &ObjectKey) -> bool {
+        self.entries.get(key).is_some_and(|entry| entry.slices.len() >= MANY_SLICES)
+    }
+
     /// Every Service's key.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &ObjectKey> {
         self.entries.iter().filter(|(_, entry)| entry.service.is_some()).map(|(key, _)| &**key)
@@ -160,20 +178,22 @@ impl ServiceTable {
                 continue;
             }
             for port in &*service.ports {
-                let mut eligible =
-                    Eligible::of(entry.slices.iter().map(|(_, slice)| slice), port, family);
+                let slices = entry.slices.iter().map(|(_, slice)| slice);
+                let mut eligible = Eligible::of(slices, port, family);
+                let most = self.endpoints_max.unwrap_or(ENDPOINTS_MAX);
                 for endpoints in [&mut eligible.cluster, &mut eligible.local] {
-                    if endpoints.len() > ENDPOINTS_MAX {
-                        problems.push(Problem::new(
-                            "TooManyEndpoints",
-                            format!(
-                                "port {} has {} endpoints; those after the first {ENDPOINTS_MAX} get no traffic",
-                                port.port,
-                                endpoints.len()
-                            ),
-                        ));
-                        endpoints.truncate(ENDPOINTS_MAX);
-                    }
+                    eligible.too_many |= endpoints.len() > most;
+                    endpoints.truncate(most);
+                }
+                if eligible.too_many {
+                    problems.push(Problem::new(
+                        "TooManyEndpoints",
+                        format!(
+                            "port {} has more than {most} {} endpoints; all others get no traffic",
+                            port.port,
+                            family.as_str()
+                        ),
+                    ));
                 }
                 plans.push(PortPlan { service, port, family, cluster_ip: address, eligible });
             }

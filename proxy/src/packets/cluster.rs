@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures::StreamExt;
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Bytes, Frame};
 use kube::{Client, client::Body};
@@ -33,6 +33,8 @@ struct Objects {
     now: BTreeMap<(&'static str, String), Value>,
     /// All changes; an object's version is its place.
     log: Vec<Event>,
+    /// What the proxy told about Services: name, reason and message.
+    told: Vec<(String, String, String)>,
 }
 
 /// The API server's objects.
@@ -77,9 +79,46 @@ impl Api {
         let api = self.clone();
         let service = tower::service_fn(move |request: Request<Body>| {
             let api = api.clone();
-            async move { Ok::<_, Infallible>(Response::new(api.answer(&request))) }
+            async move {
+                if request.method() == Method::POST {
+                    return Ok::<_, Infallible>(Response::new(api.hear(request).await));
+                }
+                Ok(Response::new(api.answer(&request)))
+            }
         });
         Client::new(service, "default")
+    }
+
+    /// Takes in that an object of this kind is gone.
+    pub(super) fn remove(&self, kind: &str, name: &str) {
+        let mut objects = self.objects.lock().unwrap();
+        let path = if kind == "Service" { SERVICES } else { SLICES };
+        let version = objects.log.len() + 1;
+        let mut object = objects.now.remove(&(path, name.to_owned())).unwrap();
+        object["metadata"]["resourceVersion"] = version.to_string().into();
+        objects.log.push(Event { path, event: json!({"type": "DELETED", "object": object}) });
+        self.version.send_replace(version);
+    }
+
+    /// What was told about a Service: reasons and messages.
+    pub(super) fn told(&self, service: &str) -> Vec<(String, String)> {
+        let objects = self.objects.lock().unwrap();
+        let about = objects.told.iter().filter(|(name, ..)| name == service);
+        about.map(|(_, reason, message)| (reason.clone(), message.clone())).collect()
+    }
+
+    /// Takes an event.
+    async fn hear(&self, request: Request<Body>) -> Answer {
+        let body = request.into_body().collect().await.unwrap().to_bytes();
+        let event: Value = serde_json::from_slice(&body).unwrap();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let told = (
+            text(&event["involvedObject"]["name"]),
+            text(&event["reason"]),
+            text(&event["message"]),
+        );
+        self.objects.lock().unwrap().told.push(told);
+        whole(&event)
     }
 
     fn answer(&self, request: &Request<Body>) -> Answer {

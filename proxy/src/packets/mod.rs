@@ -18,6 +18,7 @@
 //! | [`model`] | random changes, and where packets should go, from the documentation |
 //! | [`cluster`] | a stand-in for the API server, and whole proxies |
 //! | [`load_test`] | clients without pause, while endpoints, the proxy and other programs change things |
+//! | [`input_test`] | bad objects, and Services that want the same: who is told, and who is served |
 //! | [`drift_test`] | each kind of edit by another program |
 
 /// Makes a test of each function for each backend and family.
@@ -51,6 +52,7 @@ mod drift_test;
 mod explain_test;
 mod features;
 mod fixture;
+mod input_test;
 mod load_test;
 mod model;
 mod rejects_test;

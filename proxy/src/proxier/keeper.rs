@@ -11,7 +11,7 @@ use std::{
 use jiff::Timestamp;
 use keelson_api::{backoff::Backoff, object::ObjectKey};
 
-use super::reports::{Reports, refused, written};
+use super::reports::{Refusals, Reports, refused, written};
 use crate::{
     backend::{Applied, Backend, Forget, Goal, Stale},
     conntrack::stale::Tracker,
@@ -38,6 +38,8 @@ pub(super) struct Keeper {
     dirty: HashSet<Unit>,
     /// What was refused by itself; its old rules stay, and all else goes on meanwhile.
     refused: HashSet<Unit>,
+    /// What of it was told.
+    told: Refusals,
     retry: Retry,
     /// Whether rules were ever written.
     in_force: bool,
@@ -109,6 +111,7 @@ impl Keeper {
             doubt: Some(Doubt::Start),
             dirty: HashSet::new(),
             refused: HashSet::new(),
+            told: Refusals::default(),
             retry: Retry { at: None, blocked: false, backoff: Backoff::new(RETRY.0, RETRY.1) },
             in_force: false,
             unwritten: Unwritten::default(),
@@ -130,6 +133,11 @@ impl Keeper {
     /// Whether connections live in the kernel's table.
     pub(super) fn tracks_connections(&self) -> bool {
         self.backend.tracks_connections()
+    }
+
+    /// The most endpoints of one port that can be put into force without keeping others waiting.
+    pub(super) fn endpoints_max(&self) -> usize {
+        self.backend.endpoints_max()
     }
 
     /// A number that is another after each change of the rules by anybody, if there is one.
@@ -205,7 +213,8 @@ impl Keeper {
             Ok(applied) => {
                 written(reports, family, full, took, &applied);
                 reports.metrics.holds(family, self.backend.units());
-                refused(reports, goal, &applied);
+                let named = (!full).then_some(&units[..]);
+                refused(reports, goal, &mut self.told, named, &applied);
                 self.note_refused(&units, full, &applied, now + took, took);
                 self.forget(applied.forget, now);
                 self.doubt = None;

@@ -23,6 +23,7 @@ mod tests;
 mod wanted;
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -34,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 use self::{
     connections::Connections,
     keeper::{Commit, Keeper},
-    reports::{Telling, report},
+    reports::{About, Telling, report},
     wanted::Wanted,
 };
 use crate::{
@@ -61,6 +62,8 @@ pub(crate) struct Proxier {
     connections: Connections,
     telling: Telling,
     reports: Reports,
+    /// Services whose plan takes long, to be planned by the next commit, and since when.
+    unplanned: BTreeMap<ObjectKey, Instant>,
     pace: Pace,
     /// What is to be done when rules of a family are in force for the first time.
     when_in_force: Option<Box<dyn FnMut(Family) + Send>>,
@@ -93,11 +96,14 @@ impl Proxier {
             connections: Connections::new(reports.conntrack.take().filter(|_| tracked)),
             telling: Telling::default(),
             reports,
+            unplanned: BTreeMap::new(),
             pace: Pace::default(),
             when_in_force: None,
             generation: None,
             stop: CancellationToken::new(),
         };
+        let most = proxier.keepers.iter().map(Keeper::endpoints_max).min();
+        most.into_iter().for_each(|most| proxier.wanted.objects.limit_endpoints(most));
         proxier.set_node_addresses(node_ips);
         proxier
     }
@@ -180,7 +186,9 @@ impl Proxier {
                 metrics.service_changes.inc();
                 metrics.service_changes_pending.inc();
                 let changed = objects.set_service(&key, service);
-                self.report(&key, &problems);
+                if self.telling.told.is_news(About::Service, &key, &problems) {
+                    self.report(&key, &problems);
+                }
                 if changed { vec![key] } else { Vec::new() }
             }
             ChangeKind::Slice(key, slice, problems) => {
@@ -189,8 +197,11 @@ impl Proxier {
                 let triggered_before = objects.triggered(&key);
                 let arrived = slice.as_ref().map(|s| (s.family, s.triggered, s.service.clone()));
                 let touched = objects.set_slice(&key, slice);
+                let news = self.telling.told.is_news(About::Slice, &key, &problems);
                 if let Some((family, triggered, service)) = arrived {
-                    self.report(&service, &problems);
+                    if news {
+                        self.report(&service, &problems);
+                    }
                     // An old time is told again with every later change of the slice.
                     if let Some(triggered) = triggered.filter(|t| Some(*t) != triggered_before)
                         && let Some(keeper) = self.keepers.iter_mut().find(|k| k.family() == family)
@@ -205,6 +216,7 @@ impl Proxier {
                 let gone: Vec<ObjectKey> =
                     objects.keys().filter(|key| !all.contains(key)).cloned().collect();
                 for key in &gone {
+                    self.telling.told.is_news(About::Service, key, &[]);
                     objects.set_service(key, None);
                 }
                 gone
@@ -213,7 +225,12 @@ impl Proxier {
                 self.wanted.listed.slices = true;
                 let gone: Vec<ObjectKey> =
                     objects.slice_keys().filter(|key| !all.contains(key)).cloned().collect();
-                gone.iter().flat_map(|key| objects.set_slice(key, None)).collect()
+                let told = &mut self.telling.told;
+                let gone = gone.iter().flat_map(|key| {
+                    told.is_news(About::Slice, key, &[]);
+                    objects.set_slice(key, None)
+                });
+                gone.collect()
             }
             ChangeKind::Node { addresses, eligible } => {
                 self.reports.health.set_eligible(eligible);
@@ -233,7 +250,11 @@ impl Proxier {
             }
         }
         for key in touched {
-            self.plan(&key, change.at);
+            if self.wanted.objects.has_many_slices(&key) {
+                self.unplanned.entry(key).or_insert(change.at);
+            } else {
+                self.plan(&key, change.at);
+            }
         }
     }
 
@@ -266,19 +287,25 @@ impl Proxier {
     }
 
     fn plan(&mut self, key: &ObjectKey, at: Instant) {
+        self.unplanned.remove(key);
         let Wanted { objects, desired, families, .. } = &mut self.wanted;
-        let (rules, problems) = match objects.rules(key, families) {
+        let (rules, mut problems) = match objects.rules(key, families) {
             Some((rules, problems)) => (Some(rules), problems),
             None => (None, Vec::new()),
         };
         let outcome = desired.replace_shared(key, rules, || objects.shared_key(key));
-        self.telling.note(key, objects, families);
-        self.report(key, &problems);
+        let unchecked = self.telling.note(key, objects, families);
         self.changed(&outcome, Some(at));
-        for (frontend, owner) in outcome.taken {
-            let message =
-                format!("{frontend} is already that of the older Service {owner} and stays there");
-            self.report(key, &[Problem::new("PortConflict", message)]);
+        problems.extend(reports::conflicts(&outcome.taken));
+        if self.telling.told.is_news(About::Plan, key, &problems) {
+            self.report(key, &problems);
+        }
+        for (loser, problem) in reports::losers(key, &outcome.won) {
+            self.report(&loser, std::slice::from_ref(&problem));
+            self.telling.told.add(About::Plan, &loser, problem);
+        }
+        if let Some((loser, problem)) = unchecked {
+            self.report(&loser, &[problem]);
         }
     }
 
@@ -294,6 +321,9 @@ impl Proxier {
     pub(crate) fn commit(&mut self, now: Instant) {
         if !self.wanted.is_known() {
             return;
+        }
+        while let Some((key, at)) = self.unplanned.pop_first() {
+            self.plan(&key, at);
         }
         let mut keepers: Vec<&mut Keeper> = self.keepers.iter_mut().collect();
         // Who couldn't write the last time may take long to find that out again.

@@ -1,6 +1,10 @@
 //! What the loop tells: metrics, events and log lines.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use keelson_api::{
@@ -18,7 +22,7 @@ use crate::{
         Family, Problem,
         table::{ServiceTable, WithoutLocal},
     },
-    ruleset::Unit,
+    ruleset::{Frontend, Lane, Unit},
 };
 
 /// All that the loop reports to.
@@ -36,13 +40,20 @@ pub(super) struct Telling {
     local: LocalEndpoints,
     /// Health-check node ports.
     pub(super) health_checks: HealthChecks,
+    /// What was told already.
+    pub(super) told: Told,
 }
 
 impl Telling {
-    /// Looks at a Service again.
-    pub(super) fn note(&mut self, key: &ObjectKey, objects: &ServiceTable, families: &[Family]) {
+    /// Looks at a Service again. Whom to tell that another one has its health-check node port.
+    pub(super) fn note(
+        &mut self,
+        key: &ObjectKey,
+        objects: &ServiceTable,
+        families: &[Family],
+    ) -> Option<(ObjectKey, Problem)> {
         self.local.note(key, objects, families);
-        self.health_checks.note(key, objects);
+        self.health_checks.note(key, objects)
     }
 
     /// Tells.
@@ -137,26 +148,130 @@ pub(super) fn written(
     }
 }
 
-/// Tells of what the kernel refused.
-pub(super) fn refused(reports: &Reports, goal: Goal<'_>, applied: &Applied) {
-    for (unit, error) in &applied.refused {
+/// What there is to tell of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum About {
+    /// What is wrong in a Service.
+    Service,
+    /// What a Service comes to.
+    Plan,
+    /// A slice.
+    Slice,
+}
+
+/// What was told of objects, so that a change that has nothing to do with it doesn't tell it again:
+/// a Service may have a problem for as long as it lives, and its endpoints come and go.
+#[derive(Debug, Default)]
+pub(super) struct Told(BTreeMap<(About, ObjectKey), Vec<Problem>>);
+
+impl Told {
+    /// Whether these problems of an object are others than the last ones.
+    pub(super) fn is_news(&mut self, about: About, key: &ObjectKey, problems: &[Problem]) -> bool {
+        // Most objects never have any.
+        if problems.is_empty() {
+            if !self.0.is_empty() {
+                self.0.remove(&(about, key.clone()));
+            }
+            return false;
+        }
+        let before = self.0.insert((about, key.clone()), problems.to_vec());
+        before.as_deref() != Some(problems)
+    }
+
+    /// Notes one more problem of an object that was told.
+    pub(super) fn add(&mut self, about: About, key: &ObjectKey, problem: Problem) {
+        self.0.entry((about, key.clone())).or_default().push(problem);
+    }
+}
+
+/// What a backend refuses, as it was told.
+#[derive(Debug, Default)]
+pub(super) struct Refusals(HashMap<Unit, String>);
+
+impl Refusals {
+    /// What is refused of what was written (everything, if nothing is named) and was not refused
+    /// for the same reason the last time.
+    fn news(&mut self, written: Option<&[Unit]>, applied: &Applied) -> Vec<(Unit, String)> {
+        if self.0.is_empty() && applied.refused.is_empty() {
+            return Vec::new();
+        }
+        let mut news = Vec::new();
+        let mut still = HashSet::new();
+        for (unit, error) in &applied.refused {
+            let message = if error.may_pass() {
+                format!("keeps its old rules: {error}")
+            } else {
+                format!("is not served: {error}")
+            };
+            still.insert(*unit);
+            if self.0.get(unit) != Some(&message) {
+                self.0.insert(*unit, message.clone());
+                news.push((*unit, message));
+            }
+        }
+        let written: Option<HashSet<&Unit>> = written.map(|units| units.iter().collect());
+        let was_written = |unit: &Unit| written.as_ref().is_none_or(|units| units.contains(unit));
+        self.0.retain(|unit, _| still.contains(unit) || !was_written(unit));
+        news
+    }
+}
+
+/// Frontends that other Services have, in words.
+pub(super) fn conflicts(taken: &[(Frontend, Arc<ObjectKey>)]) -> impl Iterator<Item = Problem> {
+    taken.iter().filter_map(|(frontend, owner)| conflict(frontend, owner))
+}
+
+/// Whom to tell that frontends are another Service's from now on.
+pub(super) fn losers(
+    winner: &ObjectKey,
+    won: &[(Frontend, Arc<ObjectKey>)],
+) -> impl Iterator<Item = (ObjectKey, Problem)> {
+    won.iter()
+        .filter_map(move |(frontend, loser)| Some(((**loser).clone(), conflict(frontend, winner)?)))
+}
+
+/// Lanes of one address are one to people.
+fn conflict(frontend: &Frontend, owner: &ObjectKey) -> Option<Problem> {
+    let for_everybody = matches!(frontend.lane, Lane::Address | Lane::NodePort);
+    for_everybody.then(|| {
+        let message = format!("{frontend} is that of the older Service {owner}");
+        Problem::new("PortConflict", message)
+    })
+}
+
+/// So many of the units that one commit was refused are told of one by one.
+const REFUSALS_TOLD: usize = 100;
+
+/// Tells of what the kernel refused of what was written, or of everything, if that is news.
+pub(super) fn refused(
+    reports: &Reports,
+    goal: Goal<'_>,
+    told: &mut Refusals,
+    written: Option<&[Unit]>,
+    applied: &Applied,
+) {
+    for (unit, _) in &applied.refused {
         reports.metrics.failed(unit.family(), false);
+    }
+    let news = told.news(written, applied);
+    if news.len() > REFUSALS_TOLD {
+        tracing::error!(
+            refused = news.len(),
+            "many rules were refused; the first {REFUSALS_TOLD} follow"
+        );
+    }
+    for (unit, message) in news.into_iter().take(REFUSALS_TOLD) {
         match unit {
             Unit::Frontend(frontend) => {
-                let Some(owner) = goal.desired.owner(frontend) else {
-                    tracing::error!(%frontend, %error, "the kernel keeps a rule that should go");
+                let Some(owner) = goal.desired.owner(&frontend) else {
+                    tracing::error!(%frontend, "the kernel keeps a rule that should go: it {message}");
                     continue;
                 };
-                let message = if error.may_pass() {
-                    format!("{frontend} keeps its old rules: {error}")
-                } else {
-                    format!("{frontend} is not served: {error}")
-                };
-                let problem = Problem::new("FailedToUpdateRules", message);
+                let problem = Problem::new("FailedToUpdateRules", format!("{frontend} {message}"));
                 report(&reports.events, goal.objects, owner, &[problem]);
             }
             Unit::Address(_, address) => {
-                tracing::error!(%address, %error, "the kernel refused an address");
+                tracing::error!(%address, "the kernel refused an address: it {message}");
             }
         }
     }

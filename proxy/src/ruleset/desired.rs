@@ -48,6 +48,8 @@ pub(crate) struct Outcome {
     pub(crate) dirty: Vec<Unit>,
     /// Frontends that the Service wants and another one has.
     pub(crate) taken: Vec<(Frontend, Arc<ObjectKey>)>,
+    /// Frontends that another Service had and that are this one's now.
+    pub(crate) won: Vec<(Frontend, Arc<ObjectKey>)>,
     /// What dirty frontends did before; those that are new are not in it, and one that passed
     /// through several states is in it with each, the oldest first.
     pub(crate) before: Vec<(Frontend, Action)>,
@@ -149,6 +151,12 @@ impl Desired {
         }
         for (frontend, action) in &wanted {
             let by = Claimant { created, service: Arc::clone(&key) };
+            if let Some(present) = self.frontends.get(frontend).map(|claim| &claim.by)
+                && by < *present
+                && present.service != key
+            {
+                outcome.won.push((*frontend, Arc::clone(&present.service)));
+            }
             if let Some(before) = self.claim(*frontend, by, (*action).clone()) {
                 outcome.before.extend(before.map(|action| (*frontend, action)));
                 dirty.insert(Unit::Frontend(*frontend));
@@ -175,6 +183,7 @@ impl Desired {
         // The same change is written in the same order each time.
         outcome.dirty.sort_unstable();
         outcome.taken.sort_unstable();
+        outcome.won.sort_unstable();
         outcome
     }
 
@@ -275,7 +284,16 @@ mod tests {
             for service in order {
                 let created = if service == &old { 1 } else { 2 };
                 let action = if service == &old { Action::Drop } else { Action::Reject };
-                desired.replace(service, rules(created, 30_000, action));
+                let outcome = desired.replace(service, rules(created, 30_000, action.clone()));
+                // The younger one is told, whichever comes second.
+                let second = service == order[1];
+                let told = |other: &ObjectKey| vec![(frontend(30_000), Arc::new(other.clone()))];
+                let taken = if second && service == &new { told(&old) } else { Vec::new() };
+                let won = if second && service == &old { told(&new) } else { Vec::new() };
+                assert_eq!((outcome.taken, outcome.won), (taken.clone(), won));
+                // … and once.
+                let again = desired.replace(service, rules(created, 30_000, action));
+                assert_eq!((again.taken, again.won), (taken, Vec::new()));
             }
             assert_eq!(desired.action(&frontend(30_000)), Some(&Action::Drop));
             assert_eq!(desired.owner(&frontend(30_000)), Some(&old));

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Settings,
-    dispatch::Dispatch,
+    dispatch::{Dispatch, Own},
     holder::Holders,
     limits::Quota,
     observe::{Surroundings, observe},
@@ -81,6 +81,8 @@ pub(super) struct Relaying {
     monitor: Option<Monitor>,
     around: watch::Sender<Arc<Surroundings>>,
     listeners: BTreeMap<Listen, Listener>,
+    /// The same places, for those who must not relay to them.
+    own: Arc<Own>,
     /// By the address that they came by.
     connections: BTreeMap<IpAddr, Connections>,
     quota: Arc<Quota>,
@@ -107,6 +109,7 @@ impl Relaying {
             monitor: Some(monitor),
             around: watch::Sender::new(Arc::new(surroundings)),
             listeners: BTreeMap::new(),
+            own: Arc::default(),
             connections: BTreeMap::new(),
             quota,
             unserved: BTreeSet::new(),
@@ -284,6 +287,7 @@ impl Relaying {
                 && let Some(listener) = self.listeners.remove(listen)
             {
                 listener.close().await;
+                self.own.remove(*listen);
                 brought.changed += 1;
             }
         }
@@ -338,8 +342,9 @@ impl Relaying {
         self.rules.clear();
         self.cluster_addresses.clear();
         self.node_addresses.clear();
-        for listener in std::mem::take(&mut self.listeners).into_values() {
+        for (listen, listener) in std::mem::take(&mut self.listeners) {
             listener.close().await;
+            self.own.remove(listen);
         }
         let connections = std::mem::take(&mut self.connections).into_values();
         join_all(connections.map(Connections::reset)).await;
@@ -357,8 +362,8 @@ impl Relaying {
                 limits.listeners
             )));
         }
-        let dispatch =
-            Arc::new(Dispatch::new(listen.address, rule, self.around.subscribe(), limits.affinity));
+        let (own, around) = (Arc::clone(&self.own), self.around.subscribe());
+        let dispatch = Arc::new(Dispatch::new(listen, own, rule, around, limits.affinity));
         let stop = CancellationToken::new();
         let address = listen.socket_address();
         let (quota, chosen) = (Arc::clone(&self.quota), Arc::clone(&dispatch));
@@ -375,6 +380,7 @@ impl Relaying {
             };
             tokio::spawn(udp::serve(udp::listen(address)?, relay, stop.clone()))
         };
+        self.own.insert(listen);
         Ok(Listener { dispatch, stop, task })
     }
 

@@ -1,14 +1,19 @@
 //! Which endpoint a client gets.
 
 use std::{
+    collections::HashSet,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Instant,
 };
 
 use tokio::sync::{Notify, watch};
 
-use super::{observe::Surroundings, plan::Rule, recent::Recent};
+use super::{
+    observe::Surroundings,
+    plan::{Listen, Rule},
+    recent::Recent,
+};
 use crate::model::Endpoint;
 
 /// Why a client gets none.
@@ -30,10 +35,32 @@ impl Refusal {
     }
 }
 
+/// Where this process itself listens for clients of Services. A Service whose endpoint is such a
+/// place would be relayed to itself for ever, until there are no connections left for others.
+#[derive(Debug, Default)]
+pub(super) struct Own(RwLock<HashSet<Listen>>);
+
+impl Own {
+    /// Notes a place.
+    pub(super) fn insert(&self, listen: Listen) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(listen);
+    }
+
+    /// Notes that nobody listens there any more.
+    pub(super) fn remove(&self, listen: Listen) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&listen);
+    }
+
+    fn has(&self, listen: Listen) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&listen)
+    }
+}
+
 /// A listener's choice, which changes under it.
 #[derive(Debug)]
 pub(super) struct Dispatch {
-    listen: IpAddr,
+    listen: Listen,
+    own: Arc<Own>,
     state: Mutex<State>,
     around: watch::Receiver<Arc<Surroundings>>,
     changed: Notify,
@@ -47,15 +74,16 @@ struct State {
 }
 
 impl Dispatch {
-    /// A choice by this rule, for what listens on this address.
+    /// A choice by this rule, for what listens there.
     pub(super) fn new(
-        listen: IpAddr,
+        listen: Listen,
+        own: Arc<Own>,
         rule: Arc<Rule>,
         around: watch::Receiver<Arc<Surroundings>>,
         affinity_clients: usize,
     ) -> Self {
         let state = State { rule, remembered: Recent::new(affinity_clients) };
-        Self { listen, state: Mutex::new(state), around, changed: Notify::new() }
+        Self { listen, own, state: Mutex::new(state), around, changed: Notify::new() }
     }
 
     /// Chooses by another rule from now on; whether it is another one.
@@ -94,11 +122,13 @@ impl Dispatch {
             && now.saturating_duration_since(*since) < time
             && choice.has(*endpoint)
             && !tried.contains(endpoint)
+            && !self.is_own(*endpoint)
         {
             *since = now;
             return Ok(*endpoint);
         }
-        let endpoint = pick(&choice.endpoints, tried).ok_or(Refusal::NoEndpoint)?;
+        let excluded = |endpoint: &Endpoint| tried.contains(endpoint) || self.is_own(*endpoint);
+        let endpoint = pick(&choice.endpoints, excluded).ok_or(Refusal::NoEndpoint)?;
         if choice.affinity.is_some() {
             state.remembered.insert(client, (endpoint, now));
         }
@@ -120,7 +150,13 @@ impl Dispatch {
 
     fn inside(&self, client: IpAddr, rule: &Rule) -> bool {
         // The node's own packets to an address that is local by a route come from that address.
-        rule.tells_inside() && (client == self.listen || self.around.borrow().inside(client))
+        rule.tells_inside()
+            && (client == self.listen.address || self.around.borrow().inside(client))
+    }
+
+    fn is_own(&self, endpoint: Endpoint) -> bool {
+        let Endpoint { address, port } = endpoint;
+        self.own.has(Listen { address, port, protocol: self.listen.protocol })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -128,13 +164,16 @@ impl Dispatch {
     }
 }
 
-/// Any endpoint that wasn't tried.
-fn pick(endpoints: &[Endpoint], tried: &[Endpoint]) -> Option<Endpoint> {
-    if tried.is_empty() {
-        return endpoints.get(rand::random_range(0..endpoints.len().max(1))).copied();
-    }
-    let left: Vec<Endpoint> = endpoints.iter().copied().filter(|e| !tried.contains(e)).collect();
-    if left.is_empty() { None } else { pick(&left, &[]) }
+/// Any endpoint that isn't excluded.
+fn pick(endpoints: &[Endpoint], excluded: impl Fn(&Endpoint) -> bool) -> Option<Endpoint> {
+    let any = |endpoints: &[Endpoint]| {
+        endpoints.get(rand::random_range(0..endpoints.len().max(1))).copied()
+    };
+    // Mostly none is excluded.
+    any(endpoints).filter(|endpoint| !excluded(endpoint)).or_else(|| {
+        let left: Vec<Endpoint> = endpoints.iter().copied().filter(|e| !excluded(e)).collect();
+        any(&left)
+    })
 }
 
 #[cfg(test)]
@@ -153,6 +192,11 @@ mod tests {
         userspace::plan::Changes,
     };
 
+    const LISTEN: Listen = Listen {
+        address: IpAddr::V4(std::net::Ipv4Addr::new(10, 96, 0, 1)),
+        protocol: Protocol::Tcp,
+        port: 80,
+    };
     const HOUR: Duration = Duration::from_secs(3_600);
 
     fn rule(endpoints: &[u8], affinity: Option<Duration>) -> Arc<Rule> {
@@ -178,11 +222,34 @@ mod tests {
 
     fn dispatch(rule: Arc<Rule>) -> Dispatch {
         let (_, around) = watch::channel(Arc::default());
-        Dispatch::new([10, 96, 0, 1].into(), rule, around, 2)
+        Dispatch::new(LISTEN, Arc::default(), rule, around, 2)
     }
 
     fn client(n: u8) -> IpAddr {
         [192, 0, 2, n].into()
+    }
+
+    #[test]
+    fn nobody_is_sent_where_this_process_listens_itself() {
+        let own = Arc::new(Own::default());
+        let (_, around) = watch::channel(Arc::default());
+        let rule = rule(&[1, 2], Some(HOUR));
+        let dispatch = Dispatch::new(LISTEN, Arc::clone(&own), rule, around, 100);
+        let listen = |n| Listen { address: endpoint(n).address, ..LISTEN };
+        let now = Instant::now();
+        let first = dispatch.choose(client(1), &[], now).unwrap();
+        let chosen = if first == endpoint(1) { 1 } else { 2 };
+        own.insert(listen(chosen));
+        for n in 1..50 {
+            assert_ne!(dispatch.choose(client(n), &[], now), Ok(first));
+        }
+        own.insert(listen(3 - chosen));
+        assert_eq!(dispatch.choose(client(1), &[], now), Err(Refusal::NoEndpoint));
+        own.remove(listen(chosen));
+        assert_eq!(dispatch.choose(client(1), &[], now), Ok(first));
+        // The same number of another protocol is another port.
+        own.insert(Listen { protocol: Protocol::Udp, ..listen(chosen) });
+        assert_eq!(dispatch.choose(client(1), &[], now), Ok(first));
     }
 
     #[test]
