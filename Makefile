@@ -52,9 +52,23 @@ nextest:
 .PHONY: lint
 lint: ## Formatting, clippy, licences
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny check licenses bans sources
+
+# What is tried, and for how long.
+TARGET ?= objects
+SECONDS ?= 60
+
+.PHONY: fuzz
+fuzz: ## Feed the proxy arbitrary input (TARGET=objects or netlink, SECONDS=60)
+	@tools/prepare build fuzz
+	@command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz
+	@mkdir -p fuzz/corpus/$(TARGET)
+	$(SUDO) env "PATH=$(PATH)" $(CARGO) fuzz run --sanitizer none $(TARGET) \
+	  fuzz/corpus/$(TARGET) fuzz/seeds/$(TARGET) -- \
+	  -max_total_time=$(SECONDS) -max_len=8192 -timeout=30 -rss_limit_mb=1024
 
 .PHONY: bench
 bench: build ## Measure it, beside runc where that makes sense

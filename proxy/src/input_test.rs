@@ -1,210 +1,188 @@
-//! Whatever objects there are: nothing panics, and nothing impossible gets into the rules.
+//! More endpoints than anybody has: bounded in time, and nobody else waits.
 
-use proptest::prelude::*;
-use serde_json::{Value, json};
-
-use crate::{
-    DetectLocal, Mode, Objects, Packet, Protocol, ProxyConfig, Snapshot,
-    model::Family,
-    ruleset::{Action, Unit},
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
 };
 
-/// Addresses as people, tools and attackers write them.
-fn address() -> impl Strategy<Value = Value> {
-    prop::sample::select(vec![
-        "10.96.0.1",
-        "10.96.0.2",
-        "10.96.0.1",
-        "fd00::1",
-        "FD00::1",
-        "fd00:0:0::2",
-        "010.096.0.1",
-        "127.0.0.1",
-        "::1",
-        "169.254.169.254",
-        "fe80::1",
-        "224.0.0.1",
-        "ff02::1",
-        "0.0.0.0",
-        "::",
-        "::ffff:10.0.0.1",
-        "255.255.255.255",
-        "10.244.0.5",
-        "10.244.1.5",
-        "fd01::5",
-        "192.0.2.1",
-        "None",
-        "",
-        " 10.0.0.1",
-        "10.0.0.1/32",
-        "not-an-address",
-        "1.2.3.4.5",
-        "例え",
-    ])
-    .prop_map(Value::from)
-}
+use keelson_api::{events::EventRecorder, object::ObjectKey};
+use prometheus::Registry;
 
-fn number() -> impl Strategy<Value = Value> {
-    prop::sample::select(vec![
-        -1_i64,
-        0,
-        1,
-        80,
-        80,
-        443,
-        8080,
-        30_080,
-        65_535,
-        65_536,
-        2_147_483_647,
-    ])
-    .prop_map(Value::from)
-}
+use crate::{
+    Mode, ProxyConfig,
+    backend::{Applied, Backend, BackendError, Forget, Goal},
+    health::Health,
+    metrics::Metrics,
+    model::{
+        Family, Protocol,
+        eligible::ENDPOINTS_MAX,
+        objects::{Hint, Service, Slice, SliceEndpoint},
+    },
+    netns::Namespace,
+    proxier::{Proxier, Reports},
+    ruleset::{Action, Unit},
+    start,
+    watches::ChangeKind,
+};
 
-fn word() -> impl Strategy<Value = Value> {
-    prop::sample::select(vec![
-        "TCP",
-        "UDP",
-        "SCTP",
-        "ICMP",
-        "",
-        "Local",
-        "Cluster",
-        "ClientIP",
-        "None",
-        "NodePort",
-        "LoadBalancer",
-        "ClusterIP",
-        "ExternalName",
-        "IPv4",
-        "IPv6",
-        "FQDN",
-        "VIP",
-        "Proxy",
-        "web",
-        "\"; flush ruleset; \"",
-        "a b\n-A INPUT -j ACCEPT",
-        "10.0.0.0/8",
-        "0.0.0.0/0",
-        "::/0",
-        "10.0.0.0/99",
-    ])
-    .prop_map(Value::from)
-}
+/// How long all of it may take on a machine that has much else to do; if every slice were looked at
+/// with every other one it would be an hour.
+const PATIENCE: Duration = Duration::from_secs(120);
+const SLICES: u32 = 1_000;
+const EACH: u32 = 1_000;
 
-fn list(of: impl Strategy<Value = Value>) -> impl Strategy<Value = Value> {
-    prop::collection::vec(of, 0..4).prop_map(Value::from)
-}
-
-prop_compose! {
-    fn service()(
-        name in prop::sample::select(vec!["a", "b", "c"]),
-        kind in word(), ips in list(address()), external in list(address()), vips in list(address()),
-        mode in word(), internal in word(), outside in word(), affinity in word(), ranges in list(word()),
-        seconds in number(), check in number(),
-        ports in prop::collection::vec((word(), word(), number(), number()), 0..4),
-    ) -> Value {
-        let ports: Vec<Value> = ports
-            .into_iter()
-            .map(|(name, protocol, port, node)| {
-                json!({"name": name, "protocol": protocol, "port": port, "nodePort": node})
-            })
-            .collect();
-        let ingress: Vec<Value> = vips
-            .as_array()
-            .into_iter()
-            .flatten()
-            .map(|ip| json!({"ip": ip, "ipMode": mode}))
-            .collect();
-        json!({
-            "metadata": {"name": name, "namespace": "d"},
-            "spec": {"type": kind, "clusterIP": ips.get(0).cloned().unwrap_or_default(), "clusterIPs": ips,
-                "externalIPs": external, "internalTrafficPolicy": internal, "externalTrafficPolicy": outside,
-                "sessionAffinity": affinity, "loadBalancerSourceRanges": ranges, "healthCheckNodePort": check,
-                "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": seconds}}, "ports": ports},
-            "status": {"loadBalancer": {"ingress": ingress}},
-        })
+fn reports() -> Reports {
+    Reports {
+        metrics: Metrics::register(&Registry::new()).unwrap(),
+        health: Health::new(&[Family::V4], Duration::from_secs(30)),
+        events: EventRecorder::discard(),
+        conntrack: None,
     }
 }
 
-prop_compose! {
-    fn slice()(
-        name in prop::sample::select(vec!["a-1", "a-2", "b-1", "c-1"]),
-        service in prop::sample::select(vec!["a", "b", "c", ""]),
-        family in word(),
-        ports in prop::collection::vec((word(), word(), number()), 0..3),
-        endpoints in prop::collection::vec(
-            (list(address()), any::<[Option<bool>; 3]>(), prop::sample::select(vec!["here", "elsewhere"])),
-            0..6,
-        ),
-    ) -> Value {
-        let ports: Vec<Value> = ports
-            .into_iter()
-            .map(|(name, protocol, port)| json!({"name": name, "protocol": protocol, "port": port}))
-            .collect();
-        let endpoints: Vec<Value> = endpoints
-            .into_iter()
-            .map(|(addresses, [ready, serving, terminating], node)| {
-                json!({"addresses": addresses, "nodeName": node, "conditions":
-                    {"ready": ready, "serving": serving, "terminating": terminating}})
-            })
-            .collect();
-        json!({"metadata": {"name": name, "namespace": "d", "labels": {"kubernetes.io/service-name": service}},
-            "addressType": family, "ports": ports, "endpoints": endpoints})
+fn service(name: &str, address: &str) -> ChangeKind {
+    let object = serde_json::json!({"metadata": {"name": name, "namespace": "d"},
+        "spec": {"clusterIP": address, "ports": [{"port": 80}]}});
+    let (service, problems) = Service::read(&serde_json::from_value(object).unwrap());
+    ChangeKind::Service(ObjectKey::new("d", name), service, problems)
+}
+
+/// Slice `n` of a Service, with `each` endpoints that no other one has.
+fn slice(service: &str, n: u32, each: u32) -> ChangeKind {
+    let endpoint = |e: u32| SliceEndpoint {
+        address: std::net::Ipv4Addr::from_bits(0x0b00_0001 + n * each + e).into(),
+        ready: true,
+        serving: true,
+        terminating: false,
+        local: false,
+        maybe_local: false,
+        node_hint: Hint::Absent,
+        zone_hint: Hint::Absent,
+    };
+    let slice = Slice {
+        service: ObjectKey::new("d", service).into(),
+        family: Family::V4,
+        ports: [(Box::from(""), Protocol::Tcp, 8080)].into(),
+        endpoints: (0..each).map(endpoint).collect(),
+        triggered: None,
+    };
+    ChangeKind::Slice(ObjectKey::new("d", format!("{service}-{n:04}")), Some(slice), Vec::new())
+}
+
+fn listed() -> [ChangeKind; 2] {
+    let slices = (0..SLICES).map(|n| ObjectKey::new("d", format!("flood-{n:04}")));
+    let slices = slices.chain([ObjectKey::new("d", "web-2000")]).collect();
+    let services = ["flood", "web"].map(|name| ObjectKey::new("d", name));
+    [ChangeKind::Services(services.into()), ChangeKind::Slices(slices)]
+}
+
+/// Takes in a million endpoints of one Service and one of another, and commits them.
+fn flood(backend: Box<dyn Backend>) -> Proxier {
+    let mut proxier = Proxier::new(vec![backend], &[[192, 0, 2, 1].into()], reports());
+    let begin = Instant::now();
+    proxier.take_in(service("flood", "10.96.0.1").into());
+    proxier.take_in(service("web", "10.96.0.2").into());
+    proxier.take_in(slice("web", 2_000, 1).into());
+    for n in 0..SLICES {
+        proxier.take_in(slice("flood", n, EACH).into());
+    }
+    listed().into_iter().for_each(|change| proxier.take_in(change.into()));
+    proxier.commit(Instant::now());
+    // One more change of many.
+    proxier.take_in(slice("flood", 0, EACH - 1).into());
+    proxier.commit(Instant::now());
+    assert!(begin.elapsed() < PATIENCE, "it took {:?}", begin.elapsed());
+    proxier
+}
+
+/// A backend that only looks at what it should do.
+struct Looking(std::sync::mpsc::Sender<(usize, usize)>);
+
+impl Looking {
+    fn look(&self, goal: Goal<'_>) -> Applied {
+        let units: HashSet<Unit> = goal.desired.units().collect();
+        let counts = units.iter().filter_map(|unit| match unit {
+            Unit::Frontend(frontend) => match goal.desired.action(frontend)? {
+                Action::Forward { endpoints, .. } => Some(endpoints.len()),
+                _ => None,
+            },
+            Unit::Address(..) => None,
+        });
+        let mut counts: Vec<usize> = counts.collect();
+        counts.sort_unstable();
+        self.0.send((counts[0], counts[1])).unwrap();
+        Applied::default()
     }
 }
 
-fn read<K: serde::de::DeserializeOwned>(values: Vec<Value>) -> Vec<K> {
-    values.into_iter().map(|value| serde_json::from_value(value).unwrap()).collect()
+impl Backend for Looking {
+    fn family(&self) -> Family {
+        Family::V4
+    }
+
+    fn synchronize(&mut self, goal: Goal<'_>) -> Result<Applied, BackendError> {
+        Ok(self.look(goal))
+    }
+
+    fn apply(&mut self, _: &[Unit], goal: Goal<'_>) -> Result<Applied, BackendError> {
+        Ok(self.look(goal))
+    }
+
+    fn forget(&mut self, _: &[Forget]) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn units(&self) -> usize {
+        0
+    }
+
+    fn remove(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
 }
 
-proptest! {
-    #[test]
-    fn nothing_impossible_gets_into_the_rules(
-        services in prop::collection::vec(service(), 0..4),
-        slices in prop::collection::vec(slice(), 0..5),
-    ) {
-        let objects = Objects { services: read(services), slices: read(slices), node: None };
-        for mode in [Mode::Nftables, Mode::Iptables, Mode::Userspace] {
-            let config = ProxyConfig {
-                mode,
-                node_ips: vec!["192.0.2.1".parse().unwrap()],
-                detect_local: DetectLocal::Ranges(vec!["10.244.0.0/16".parse().unwrap()]),
-                ..ProxyConfig::new("here")
-            };
-            let (snapshot, _) = Snapshot::new(config, &objects);
-            for unit in snapshot.desired.units() {
-                let Unit::Frontend(frontend) = unit else { continue };
-                prop_assert_ne!(frontend.port, 0);
-                prop_assert_eq!(frontend.address.is_some(), frontend.lane.with_address());
-                if let Some(address) = frontend.address {
-                    prop_assert_eq!(Family::of(address), frontend.family);
-                    prop_assert!(!address.is_loopback() && !address.is_multicast());
-                }
-                if let Some(Action::Forward { endpoints, .. }) = snapshot.desired.action(&frontend) {
-                    prop_assert!(!endpoints.is_empty());
-                    prop_assert!(endpoints.windows(2).all(|pair| pair[0] < pair[1]));
-                    for endpoint in endpoints.iter() {
-                        prop_assert_ne!(endpoint.port, 0);
-                        prop_assert_eq!(Family::of(endpoint.address), frontend.family);
-                    }
-                }
-                // The question that leads here has this answer.
-                let to = frontend.address.unwrap_or_else(|| "192.0.2.1".parse().unwrap());
-                let packet = Packet {
-                    from: "10.244.0.9".parse().unwrap(),
-                    from_pod_here: true,
-                    to,
-                    port: frontend.port,
-                    protocol: Protocol::Tcp,
-                };
-                let answer = snapshot.explain(&packet);
-                prop_assert!(answer.to_string().contains("verdict"));
-            }
-            let text = snapshot.rules();
-            // A port's name may stand in a comment, but never ends a line or its quotes.
-            prop_assert!(!text.contains("\n-A INPUT -j ACCEPT"));
-            prop_assert!(!text.contains("\"; flush ruleset"), "{}", text);
-        }
-    }
+#[test]
+fn of_a_million_endpoints_as_many_are_planned_as_can_be_served() {
+    let (looked, looks) = std::sync::mpsc::channel();
+    drop(flood(Box::new(Looking(looked))));
+    let looks: Vec<_> = looks.iter().collect();
+    assert_eq!(looks, [(1, ENDPOINTS_MAX); 2]);
+}
+
+/// The backend of a mode, in a namespace.
+fn open(host: &Namespace, mode: Mode, runtime: &tokio::runtime::Handle) -> Box<dyn Backend> {
+    let runtime = runtime.clone();
+    host.run(move || {
+        let _entered = runtime.enter();
+        let config = ProxyConfig { mode, families: vec![Family::V4], ..ProxyConfig::new("here") };
+        let mut chosen = start::choose(&config).unwrap();
+        assert_eq!(chosen.mode, mode);
+        chosen.backends.remove(0)
+    })
+}
+
+fn the_other_service_is_served(mode: Mode, listing: &str, words: &str) {
+    let host = Namespace::new();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let proxier = flood(open(&host, mode, runtime.handle()));
+    let listed = host.sh(listing);
+    assert!(listed.contains(words), "{}", &listed[..listed.len().min(2_000)]);
+    drop(proxier);
+}
+
+#[test]
+fn a_million_endpoints_leave_others_alone_in_nftables() {
+    let command = "nft get element ip keelson-proxy services '{ 10.96.0.2 . tcp . 80 }'; \
+                   nft get element ip keelson-proxy services '{ 10.96.0.1 . tcp . 80 }'";
+    the_other_service_is_served(Mode::Nftables, command, "goto endpoints-1 }");
+}
+
+#[test]
+fn a_million_endpoints_leave_others_alone_in_userspace() {
+    the_other_service_is_served(Mode::Userspace, "ss -Hlnt", "10.96.0.2:80");
+}
+
+#[test]
+fn a_million_endpoints_leave_others_alone_in_iptables() {
+    the_other_service_is_served(Mode::Iptables, "iptables -t nat -S KUBE-SERVICES", "10.96.0.2/32");
 }

@@ -58,6 +58,9 @@ mod watches;
 
 #[doc(hidden)]
 pub mod bench;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 
 use std::{
     io,

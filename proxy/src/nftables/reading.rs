@@ -27,7 +27,7 @@ pub(crate) struct Reading {
 
 impl Reading {
     /// Nothing read yet of a table of this family.
-    pub(super) fn new(family: Family) -> Self {
+    pub(crate) fn new(family: Family) -> Self {
         Self { family, held: Held::default(), endpoints: Vec::new(), strays: Changes::default() }
     }
 
@@ -38,7 +38,7 @@ impl Reading {
 
     /// Takes in one element of a set as the kernel lists it; what the proxy can't have written is
     /// to be removed. Call [`Self::finish`] after the last.
-    pub(super) fn element(&mut self, set: &'static str, element: &Element) {
+    pub(crate) fn element(&mut self, set: &'static str, element: &Element) {
         if self.take(set, element).is_none() {
             self.strays.remove(set, element.key);
         }
@@ -61,7 +61,7 @@ impl Reading {
     }
 
     /// Makes rows of the endpoints that were taken in one by one.
-    pub(super) fn rows(&mut self) {
+    pub(crate) fn rows(&mut self) {
         let mut endpoints = std::mem::take(&mut self.endpoints);
         endpoints.sort_unstable();
         // What was listed twice, as the listing was begun again, counts once.
@@ -80,7 +80,7 @@ impl Reading {
     }
 
     /// All that was read, and what to remove because it makes no sense.
-    pub(super) fn finish(self) -> (Held, Changes) {
+    pub(crate) fn finish(self) -> (Held, Changes) {
         (self.held, self.strays)
     }
 

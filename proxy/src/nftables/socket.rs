@@ -196,6 +196,7 @@ impl NftSocket {
                 }
             }
         }
+        self.wire.settled();
         Ok(())
     }
 

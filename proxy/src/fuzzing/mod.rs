@@ -1,0 +1,27 @@
+//! What the fuzz targets in the folder `fuzz/` run: one function for each, from bytes.
+//!
+//! | target | what the bytes become | what must hold |
+//! |---|---|---|
+//! | [`objects_to_rules`] | Services and EndpointSlices, and the proxy's configuration | nothing impossible is planned; the kernel takes every ruleset, at once and change by change; `nft` lists it; a restart writes nothing; `iptables-restore` takes it too |
+//! | [`netlink_answers`] | the kernel's answers to everything that the proxy asks | nothing panics, nothing waits or goes on for ever, and no more is kept than was sent |
+//!
+//! The tests run the same functions over the committed seeds in `fuzz/seeds/` and over random bytes.
+
+mod netlink;
+mod objects;
+#[cfg(test)]
+mod seeded_test;
+mod source;
+
+use std::io;
+
+pub use self::{netlink::netlink_answers, objects::objects_to_rules};
+
+/// Takes the calling thread, and what it starts, into a network namespace of its own: targets write
+/// rules. Needs root.
+///
+/// # Errors
+/// When the system refuses.
+pub fn enter_network_of_its_own() -> io::Result<()> {
+    Ok(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?)
+}
