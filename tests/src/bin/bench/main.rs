@@ -47,10 +47,10 @@ struct Arguments {
     /// How many Services there are
     #[arg(long, default_value_t = 1000, value_parser = at_least_one)]
     services: usize,
-    /// With --only scale: Services and endpoints of each, as 30000x2
-    #[arg(long, value_name = "SERVICESxENDPOINTS", value_delimiter = ',', value_parser = services::scale::size,
-          default_values_t = services::scale::SIZES)]
-    sizes: Vec<services::scale::Size>,
+    /// With how many Services the proxy alone is measured, and endpoints of each; or `all`
+    #[arg(long, value_name = "SERVICESxENDPOINTS,…", value_parser = services::scale::sizes,
+          default_value = services::scale::USUAL)]
+    sizes: services::scale::Sizes,
     /// How many endpoints are changed one after the other
     #[arg(long, default_value_t = 200, value_parser = at_least_one)]
     changes: usize,
@@ -67,8 +67,8 @@ enum Part {
     Memory,
     /// From Services and endpoints to packets
     Services,
-    /// The proxy alone with up to tens of thousands of Services; takes minutes, so only when asked
-    /// for. KUBE_PROXY names a kube-proxy to run beside it
+    /// The proxy alone with up to tens of thousands of Services. KUBE_PROXY names a kube-proxy to
+    /// run beside it
     Scale,
 }
 
@@ -99,8 +99,10 @@ fn main() -> anyhow::Result<()> {
         let (count, rounds) = (arguments.services, arguments.rounds);
         sections.push(services::measure(count, rounds, arguments.changes).context("services")?);
     }
-    if arguments.only.contains(&Part::Scale) {
-        sections.extend(services::scale::measure(&arguments.sizes).context("scale")?);
+    if is_wanted(Part::Scale) {
+        let kube_proxy = std::env::var_os("KUBE_PROXY").map(PathBuf::from);
+        let measured = services::scale::measure(&arguments.sizes.0, kube_proxy);
+        sections.extend(measured.context("scale")?);
     }
     for key in ["binary", "version", "machine", "load"] {
         println!("{key}: {}", about[key].as_str().unwrap_or_default());

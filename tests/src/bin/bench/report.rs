@@ -15,6 +15,8 @@ pub(crate) enum Unit {
     Megabytes,
     /// Hundredths of one processor.
     Percent,
+    /// Things in a second; more is better, so there are no aims.
+    PerSecond,
     /// Things.
     Count,
 }
@@ -25,6 +27,7 @@ impl Unit {
             Self::Milliseconds => "ms",
             Self::Megabytes => "MB",
             Self::Percent => "%",
+            Self::PerSecond => "/s",
             Self::Count => "",
         }
     }
@@ -107,7 +110,8 @@ impl Figure {
         ]
     }
 
-    fn to_json(&self) -> Value {
+    /// For programs.
+    pub(crate) fn to_json(&self) -> Value {
         json!({
             "figure": self.what,
             "unit": self.unit.name(),

@@ -19,6 +19,9 @@ use crate::{
     statistics::Samples,
 };
 
+/// How many requests are under way at once.
+const AT_ONCE: usize = 8;
+
 /// One load.
 #[derive(Debug)]
 pub(super) struct Load {
@@ -46,7 +49,7 @@ impl Bench {
         let (made, asked, answered) = inside_async(&self.netns, || async {
             let client = api::client(data_dir).await?;
             let asked = Instant::now();
-            let made = objects::make_all(&client, 0..count, 2).await?;
+            let made = objects::make_all(&client, 0..count, 2, AT_ONCE).await?;
             Ok((made, asked, Instant::now()))
         })?;
         // The answers of the last requests may have overtaken each other.
@@ -119,7 +122,7 @@ impl Bench {
                     let slice = slices.get(&service.name_any()).await?;
                     let address = service.spec.and_then(|spec| spec.cluster_ip);
                     let address = address.context("a Service without an address")?.parse()?;
-                    anyhow::Ok(Made { address, slice })
+                    anyhow::Ok(Made { address, slice, is_whole: true })
                 })
                 .buffered(8)
                 .try_collect()

@@ -10,9 +10,6 @@ use serde_json::json;
 
 /// The label of everything made here.
 pub(super) const LABEL: &str = "bench=service";
-/// How many requests are under way at once.
-const AT_ONCE: usize = 8;
-
 /// A Service that was made.
 #[derive(Clone, Debug)]
 pub(super) struct Made {
@@ -20,6 +17,8 @@ pub(super) struct Made {
     pub(super) address: Ipv4Addr,
     /// Its first slice, as the API answered.
     pub(super) slice: EndpointSlice,
+    /// Whether that slice has all its endpoints.
+    pub(super) is_whole: bool,
 }
 
 /// The address of an endpoint: all lie in 10.200.0.0/16, the first 256 are left out.
@@ -66,19 +65,20 @@ async fn make(client: &Client, number: usize, endpoints: usize) -> anyhow::Resul
     let services: Api<Service> = Api::default_namespaced(client.clone());
     let service = services.create(&PostParams::default(), &service).await?;
     let address = service.spec.and_then(|spec| spec.cluster_ip).context("no cluster address")?;
-    Ok(Made { address: address.parse().context(address)?, slice })
+    Ok(Made { address: address.parse().context(address)?, slice, is_whole: endpoints <= SLICE })
 }
 
-/// Makes those with these numbers, and returns them in the order in which their creation was
-/// answered.
+/// Makes those with these numbers, so many requests at a time, and returns them in the order in
+/// which their creation was answered.
 pub(super) async fn make_all(
     client: &Client,
     numbers: Range<usize>,
     endpoints: usize,
+    at_once: usize,
 ) -> anyhow::Result<Vec<Made>> {
     stream::iter(numbers)
         .map(|number| make(client, number, endpoints))
-        .buffer_unordered(AT_ONCE)
+        .buffer_unordered(at_once)
         .try_collect()
         .await
 }
