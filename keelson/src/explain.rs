@@ -49,7 +49,13 @@ pub(crate) fn packet(args: &ExplainPacketArgs) -> anyhow::Result<()> {
         if args.services.is_empty() && args.node.is_none() {
             snapshot = snapshot.with_local_addresses(node::addresses()?);
         }
-        let nodes = snapshot.node_addresses();
+        let nodes = match snapshot.node_addresses() {
+            // Its object is not there, or not yet.
+            [] if args.services.is_empty() && args.node.is_none() => {
+                node::addresses()?.into_iter().filter(|address| !address.is_loopback()).collect()
+            }
+            known => known.to_vec(),
+        };
         let to_address = match &to {
             Place::Address(address) => Some(*address),
             Place::Node => nodes.first().copied(),
