@@ -20,7 +20,7 @@ use kube::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{cluster::ClusterFacts, run::MainTasks};
+use crate::{cluster::ClusterFacts, connection, run::MainTasks};
 
 /// How often the file is looked at.
 const CHECK: Duration = Duration::from_secs(30);
@@ -190,7 +190,7 @@ impl Credentials {
 impl Way {
     fn new(config: Config) -> anyhow::Result<Self> {
         let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
-        Ok(Self { client: Client::try_from(config)?, host })
+        Ok(Self { client: connection::client(config)?, host })
     }
 }
 

@@ -3,7 +3,7 @@
 //! * `cli`: what a user can ask for.
 //! * `config`: the documented config files, and what of them is supported.
 //! * `paths`, `instance`, `node`: where things are, who holds them, what the machine is called.
-//! * `cluster`, `credentials`, `serving`, `routes`: what a part alone knows of its cluster and other nodes.
+//! * `cluster`, `credentials`, `connection`, `serving`, `routes`: what a part alone knows of its cluster and other nodes.
 //! * `up`, `agent`, `proxy`, `control_plane`: the parts, wired together.
 //! * `down`, `status`, `image`, `kubeconfig`: what works on a running or stopped instance.
 //! * `explain`: why something is as it is; `manifests`: objects from files instead of the API.
@@ -15,6 +15,7 @@ mod agent;
 mod cli;
 mod cluster;
 mod config;
+mod connection;
 mod control_plane;
 mod credentials;
 mod demo;

@@ -15,7 +15,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{memory, notify};
+use crate::{connection, memory, notify};
 
 /// How long what does not heed the end may hold up the process at its very end.
 const REST: Duration = Duration::from_secs(5);
@@ -84,7 +84,7 @@ pub(crate) async fn client(path: &std::path::Path) -> anyhow::Result<kube::Clien
     )
     .await
     .with_context(context)?;
-    kube::Client::try_from(config).with_context(context)
+    connection::client(config).with_context(context)
 }
 
 /// Runs a command's whole work; what does not come to rest at its end is left behind.

@@ -2,7 +2,8 @@
 //!
 //! A family is late when a change of it waits for longer than twice the configured `syncPeriod`, as
 //! with kube-proxy. What the kernel refuses by itself doesn't count: it was tried. Nor does a family
-//! in which nothing could be written since the start: to start again would not help.
+//! in which nothing could be written since the start: a proxy is healthy while it starts, as kube-proxy
+//! is, and to start again would not help it.
 
 use std::{
     collections::BTreeMap,
@@ -106,7 +107,7 @@ impl Health {
         self.state().eligible = eligible;
     }
 
-    /// Whether rules were written, and nothing waits for long.
+    /// Whether nothing waits for long.
     pub(crate) fn keeps_up(&self) -> bool {
         self.report(Timestamp::now()).keeps_up
     }
@@ -126,7 +127,8 @@ impl Health {
             (*family, FamilyReport { updated: if fresh { now } else { updated }, keeps_up })
         });
         let families: BTreeMap<Family, FamilyReport> = families.collect();
-        let keeps_up = begun().next().is_some() && !begun().any(late);
+        // Before anything was written it is starting: to start again would not help.
+        let keeps_up = !begun().any(late);
         let late_since = begun().filter(|progress| late(progress)).filter_map(|p| p.updated).min();
         let last = families.values().map(|family| family.updated).max();
         Report {
@@ -374,7 +376,7 @@ mod tests {
     fn health_is_whether_changes_are_written_in_time() {
         let health = Health::new(&[Family::V4], Duration::from_secs(30));
         let now = Timestamp::now();
-        assert!(!health.report(now).keeps_up, "nothing was written yet");
+        assert!(health.report(now).keeps_up, "it is starting");
         health.updated(Family::V4);
         assert!(health.report(now).keeps_up);
         health.queued(Family::V4);
@@ -426,7 +428,7 @@ mod tests {
             let body = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap();
             (status, String::from_utf8(body.to_bytes().to_vec()).unwrap())
         };
-        assert_eq!(ask(Server::Health, "/healthz").await.0, 503, "nothing was written yet");
+        assert_eq!(ask(Server::Health, "/healthz").await.0, 200, "it is starting");
         pages.health.updated(Family::V4);
         pages.health.set_eligible(false);
         let (status, body) = ask(Server::Health, "/healthz").await;
@@ -437,7 +439,8 @@ mod tests {
         assert_eq!(ask(Server::Metrics, "/proxyMode").await, (200, "nftables".into()));
         let (_, metrics) = ask(Server::Metrics, "/metrics").await;
         for line in [
-            "kubeproxy_proxy_healthz_total{code=\"503\"} 2",
+            "kubeproxy_proxy_healthz_total{code=\"200\"} 1",
+            "kubeproxy_proxy_healthz_total{code=\"503\"} 1",
             "kubeproxy_proxy_livez_total{code=\"200\"} 1",
         ] {
             assert!(metrics.contains(line), "{metrics}");

@@ -196,12 +196,18 @@ pub(crate) fn ranges_of(node: &Node) -> Vec<IpNet> {
     ranges
 }
 
-/// A node's own addresses.
+/// A node's primary addresses: the first of each family.
 pub(crate) fn node_addresses(node: &Node) -> Vec<IpAddr> {
     let status = node.status.iter();
-    let addresses = status.flat_map(|status| status.addresses.iter().flatten());
-    let internal = addresses.filter(|address| address.type_ == "InternalIP");
-    internal.filter_map(|address| address.address.parse().ok()).collect()
+    let listed = status.flat_map(|status| status.addresses.iter().flatten());
+    let internal = listed.filter(|address| address.type_ == "InternalIP");
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for address in internal.filter_map(|address| address.address.parse::<IpAddr>().ok()) {
+        if !addresses.iter().any(|known| known.is_ipv4() == address.is_ipv4()) {
+            addresses.push(address);
+        }
+    }
+    addresses
 }
 
 fn node_change(node: &Node) -> ChangeKind {
@@ -262,5 +268,25 @@ async fn follow<K>(
         if queue.send(kind.into()).await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_nodes_primary_addresses_are_the_first_of_each_family() {
+        let internal = |address: &str| json!({"type": "InternalIP", "address": address});
+        let node = json!({"status": {"addresses": [
+            {"type": "Hostname", "address": "n"}, {"type": "ExternalIP", "address": "203.0.113.9"},
+            internal("192.0.2.1"), internal("192.0.2.2"), internal("2001:db8::1"), internal("x"),
+            internal("2001:db8::2"),
+        ]}});
+        let node = serde_json::from_value(node).unwrap();
+        let expected: [IpAddr; 2] = ["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
+        assert_eq!(node_addresses(&node), expected);
     }
 }
