@@ -16,6 +16,8 @@
 
 pub(crate) mod stale;
 mod table;
+#[cfg(test)]
+mod table_test;
 
 use std::{
     io,

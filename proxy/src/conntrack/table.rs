@@ -76,26 +76,24 @@ impl ConntrackTable {
     /// When the kernel refuses.
     pub(crate) fn forget(&mut self, stale: &[Stale]) -> io::Result<u64> {
         let Some(family) = stale.first().map(|one| one.frontend.family) else { return Ok(0) };
-        // The kernel's filter (seen in 6.18) compares IPv6 addresses the wrong way round: it spares
-        // what it was asked for and would take the others.
-        let by_filter = self.by_filter && family == Family::V4;
-        if by_filter && stale.len() < LIST_FROM {
-            for (done, one) in stale.iter().enumerate() {
-                match self.delete_by_filter(one) {
-                    Ok(()) => {}
-                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                    // A kernel that doesn't know SCTP has no connections of it either.
-                    Err(_) if one.frontend.protocol == Protocol::Sctp => {}
-                    Err(error) => {
-                        tracing::debug!(%error, "the kernel doesn't delete connections by filter");
-                        self.by_filter = false;
-                        return self.forget(&stale[done..]);
-                    }
+        let few = stale.len() < LIST_FROM;
+        let mut listed: Vec<&Stale> = Vec::new();
+        for one in stale {
+            if !(few && self.by_filter && is_filtered_well(one)) {
+                listed.push(one);
+                continue;
+            }
+            match self.delete_by_filter(one) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "the kernel doesn't delete connections by filter");
+                    self.by_filter = false;
+                    listed.push(one);
                 }
             }
-            return Ok(0);
         }
-        self.delete_listed(family, stale)
+        if listed.is_empty() { Ok(0) } else { self.delete_listed(family, &listed) }
     }
 
     fn delete_by_filter(&mut self, stale: &Stale) -> io::Result<()> {
@@ -132,7 +130,7 @@ impl ConntrackTable {
         self.read_until(sequence, |_| {})
     }
 
-    fn delete_listed(&mut self, family: Family, stale: &[Stale]) -> io::Result<u64> {
+    fn delete_listed(&mut self, family: Family, stale: &[&Stale]) -> io::Result<u64> {
         let wanted: HashSet<Way> = stale
             .iter()
             .map(|s| {
@@ -241,6 +239,13 @@ impl ConntrackTable {
         }
         Err(io::Error::other("the kernel's answers were lost"))
     }
+}
+
+/// Whether the kernel's filter does what it is asked for (seen in 6.18). It compares IPv6 addresses
+/// the wrong way round: it spares what it should take and would take the others. And it looks at the
+/// ports of TCP and UDP only, so that it would take another Service's connections of SCTP.
+fn is_filtered_well(stale: &Stale) -> bool {
+    stale.frontend.family == Family::V4 && stale.frontend.protocol != Protocol::Sctp
 }
 
 fn write_address(w: &mut Writer, address: IpAddr, source: bool) {
