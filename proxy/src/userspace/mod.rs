@@ -38,6 +38,8 @@ mod text;
 mod udp;
 
 #[cfg(test)]
+mod event_test;
+#[cfg(test)]
 mod fixture;
 #[cfg(test)]
 mod routes_test;
