@@ -1,5 +1,5 @@
-//! What needs a machine of its own: a kernel with cgroup v2 alone, and systemd as process 1. Both
-//! are had in virtual machines without KVM; `tests/vm/` makes and runs them.
+//! What needs a machine of its own: a kernel with cgroup v2 alone, one with SCTP, and systemd as
+//! process 1. All are had in virtual machines without KVM; `tests/vm/` makes and runs them.
 //!
 //! Their consoles are this test's output: they say which kernel and which cgroups ran what.
 #![cfg(target_arch = "x86_64")] // the guests' kernel and the machine around it are of this kind
@@ -20,45 +20,63 @@ fn project() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-fn run(script: &str, arguments: &[&Path], more: &[&str]) {
+/// Runs a script and returns what it printed.
+fn run(script: &str, arguments: &[&Path], more: &[&str]) -> String {
     let output = Command::new(project().join("tests/vm").join(script))
         .args(arguments)
         .args(more)
         .stdin(Stdio::null())
         .output()
         .expect("a script");
-    println!("{}", String::from_utf8_lossy(&output.stdout));
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    println!("{printed}");
     eprintln!("{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "tests/vm/{script}: {}", output.status);
+    printed
 }
 
-/// The test program of the embedded runtime and its helper, as `make test-units` has built them.
-fn embedded_programs() -> (PathBuf, PathBuf) {
+/// Programs by the names of their targets, as `make test-units` has built them for some tests.
+fn test_programs<const N: usize>(tests: &[&str], names: [&str; N]) -> [PathBuf; N] {
     let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .current_dir(project())
         // The same packages as there: with others cargo would build anew, for other features.
         .args(["test", "--locked", "--workspace", "--exclude", "keelson-tests"])
-        .args(["--test", "embedded", "--no-run", "--message-format", "json"])
+        .args(tests)
+        .args(["--no-run", "--message-format", "json"])
         .stderr(Stdio::inherit())
         .output()
         .expect("cargo");
     assert!(output.status.success(), "cargo test --no-run: {}", output.status);
-    let built = |name: &str| {
+    names.map(|name| {
         let messages = output.stdout.split(|byte| *byte == b'\n');
         messages
             .filter_map(|line| serde_json::from_slice::<Value>(line).ok())
             .filter(|message| message["target"]["name"] == name)
             .find_map(|message| message["executable"].as_str().map(PathBuf::from))
             .unwrap_or_else(|| panic!("cargo built no {name}"))
-    };
-    (built("embedded"), built("keelson-runtime-helper"))
+    })
 }
 
 #[test]
 fn the_embedded_runtime_works_with_cgroup_v2() {
-    let (tests, helper) = embedded_programs();
+    let [tests, helper] =
+        test_programs(&["--test", "embedded"], ["embedded", "keelson-runtime-helper"]);
     let left_out: Vec<&str> = NOT_IN_GUEST.iter().flat_map(|name| ["--skip", name]).collect();
     run("embedded", &[&tests, &helper], &left_out);
+}
+
+/// Where a machine's kernel has no SCTP, these tests of the proxy say so and do nothing else; the
+/// guest's has it, and there a kernel without is a failure.
+#[test]
+fn the_proxy_leads_sctp_to_its_endpoints() {
+    let [tests] = test_programs(&["--lib"], ["keelson_proxy"]);
+    let printed = run("proxy", &[&tests], &["packets::sctp_test::"]);
+    for backend in ["nftables", "iptables", "userspace"] {
+        for family in ["v4", "v6"] {
+            let test = format!("{backend}::{family}::every_feature_does_as_documented ... ok");
+            assert!(printed.contains(&test), "{test}");
+        }
+    }
 }
 
 #[test]

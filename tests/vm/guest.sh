@@ -148,6 +148,17 @@ vm_boot() {
   grep -qx 'KEELSON-VM: all is well' "$console" || vm_fail "the guest did not say that all is well within $2 s"
 }
 
+# Puts iptables' programs and what they load at run time in the guest's root.
+vm_put_iptables() {
+  local program extensions
+  for program in iptables iptables-save iptables-restore ip6tables ip6tables-save ip6tables-restore; do
+    vm_put_programs "$program"
+  done
+  extensions=$(dpkg -L iptables | grep '/xtables$') || vm_fail "iptables has no extensions here"
+  mkdir -p "$vm_root/$extensions"
+  cp "$extensions"/lib*.so "$vm_root/$extensions/"
+}
+
 # Puts systemd in the guest's root, as this machine has it, with what its programs load.
 vm_put_systemd() {
   local file

@@ -53,6 +53,10 @@ fn who(net: &Net, from: From, protocol: Protocol, to: SocketAddr) -> u8 {
 }
 
 fn the_choice_is_even(mode: Mode, family: Family) {
+    choice_is_even(mode, family, &BOTH);
+}
+
+pub(super) fn choice_is_even(mode: Mode, family: Family, protocols: &[Protocol]) {
     let net = Net::new();
     let (proxy, own) = start(&net, mode, family);
     proxy.set(own.service(json!({"spec": {"type": "NodePort"}})));
@@ -61,7 +65,7 @@ fn the_choice_is_even(mode: Mode, family: Family) {
     proxy.set(own.slice(1, &part(&[2, 4])));
     let cluster = SocketAddr::new(own.cluster(), 80);
     let node_port = SocketAddr::new(own.addresses.node(), own.node_port());
-    for protocol in BOTH {
+    for &protocol in protocols {
         for to in [cluster, node_port] {
             let mut counts: BTreeMap<u8, u32> = [(1, 0), (2, 0), (4, 0)].into();
             for _ in 0..300 {
@@ -83,11 +87,15 @@ fn sticky(own: Own, seconds: u32) -> Value {
 }
 
 fn sticky_clients_return_while_their_endpoint_is_there(mode: Mode, family: Family) {
+    sticky_clients_return(mode, family, &BOTH);
+}
+
+pub(super) fn sticky_clients_return(mode: Mode, family: Family, protocols: &[Protocol]) {
     let net = Net::new();
     let (proxy, own) = start(&net, mode, family);
     proxy.set(sticky(own, 1000));
     proxy.set(own.slice(0, &part(&[1, 2, 3, 4])));
-    for protocol in BOTH {
+    for &protocol in protocols {
         for to in [
             SocketAddr::new(own.cluster(), 80),
             SocketAddr::new(own.balancer(), 80),
@@ -116,6 +124,10 @@ fn sticky_clients_return_while_their_endpoint_is_there(mode: Mode, family: Famil
 }
 
 fn sticky_clients_are_forgotten_after_their_time(mode: Mode, family: Family) {
+    sticky_clients_are_forgotten(mode, family, &BOTH);
+}
+
+pub(super) fn sticky_clients_are_forgotten(mode: Mode, family: Family, protocols: &[Protocol]) {
     let net = Net::new();
     let (proxy, own) = start(&net, mode, family);
     proxy.set(sticky(own, 1));
@@ -124,7 +136,7 @@ fn sticky_clients_are_forgotten_after_their_time(mode: Mode, family: Family) {
     let choices = |protocol| -> Vec<u8> {
         (1..=CLIENTS).map(|n| who(&net, From::Client(n), protocol, to)).collect()
     };
-    for protocol in BOTH {
+    for &protocol in protocols {
         let first = choices(protocol);
         // Each use starts the time anew, so nothing can be asked while it runs out.
         std::thread::sleep(Duration::from_millis(2100));
@@ -133,8 +145,7 @@ fn sticky_clients_are_forgotten_after_their_time(mode: Mode, family: Family) {
     }
     // With none to run out, nothing is remembered.
     proxy.set(own.service(json!({})));
-    let all: BTreeSet<u8> =
-        (0..40).map(|_| who(&net, From::Client(1), Protocol::Tcp, to)).collect();
+    let all: BTreeSet<u8> = (0..40).map(|_| who(&net, From::Client(1), protocols[0], to)).collect();
     assert_eq!(all.len(), 4);
 }
 

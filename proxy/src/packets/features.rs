@@ -48,6 +48,9 @@ impl Expect {
     /// What it is with this backend, as its documents say.
     pub(super) fn for_backend(self, mode: Mode, protocol: Protocol) -> Self {
         match (self, mode) {
+            (PassesBy, _) => Silence,
+            // There are no relays for it, and the address is the node's own.
+            (_, Mode::Userspace) if protocol == Protocol::Sctp => Refused,
             // Relays connect by themselves: the client's address is lost.
             (By(endpoints, Client), Mode::Userspace) => By(endpoints, Node),
             // They can't drop: what is not listened on is refused.
@@ -57,7 +60,7 @@ impl Expect {
             // As with kube-proxy, only addresses and ports are known there.
             (UnusedPort, Mode::Iptables) => Silence,
             (UnusedPort, _) => Refused,
-            (NoneHere | NotAdmitted | PassesBy, _) => Silence,
+            (NoneHere | NotAdmitted, _) => Silence,
             (other, _) => other,
         }
     }

@@ -1,6 +1,7 @@
 //! A node in network namespaces, with clients and pods of both families around it.
 
 use std::{
+    fmt::Display,
     io::{ErrorKind, Read, Write},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::mpsc::Sender,
@@ -9,6 +10,7 @@ use std::{
 
 use tokio::net::TcpSocket;
 
+use super::sctp;
 use crate::{
     Mode,
     model::{Family, Protocol},
@@ -136,6 +138,7 @@ impl Net {
     pub(super) fn new() -> Self {
         let (host, client, nowhere) = (Namespace::new(), Namespace::new(), Namespace::new());
         let both = [Addresses(Family::V4), Addresses(Family::V6)];
+        let with_sctp = sctp::available();
         host.sh(
             "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 \
              net.ipv6.conf.default.accept_dad=0 \
@@ -146,38 +149,49 @@ impl Net {
         // redirect.
         host.join("out", &nowhere, "eth0");
         nowhere.sh("ip link set eth0 arp off; sysctl -qw net.ipv6.conf.all.disable_ipv6=1");
+        // Each program that is started takes its time, most of all in a virtual machine.
+        let mut on_host = Vec::new();
+        let mut on_client = Vec::new();
         for a in both {
             let (_, short) = prefixes(a);
-            add(&host, "client", a.node(), short);
-            add(&host, "out", a.node_other(), short);
-            for n in 1..=CLIENTS {
-                add(&client, "eth0", a.client(n), short);
-            }
-            client.sh(&format!("ip route add default via {}", a.node()));
+            on_host.push(add("client", a.node(), short));
+            on_host.push(add("out", a.node_other(), short));
+            on_client.extend((1..=CLIENTS).map(|n| add("eth0", a.client(n), short)));
+            on_client.push(default_route(a.node()));
             let out = match a.0 {
                 Family::V4 => "203.0.113.2",
                 Family::V6 => "2001:db8:113::2",
             };
-            host.sh(&format!(
-                "ip neigh add {out} dev out lladdr 02:00:00:00:00:01; ip route add default via {out}"
-            ));
-            host.run(move || serve(ON_NODE, a.node()));
+            on_host.push(format!("neigh add {out} dev out lladdr 02:00:00:00:00:01"));
+            on_host.push(default_route(out));
         }
-        let pods = (1..=PODS)
-            .map(|n| {
-                let pod = Namespace::new();
-                host.join(&format!("pod{n}"), &pod, "eth0");
-                for a in both {
-                    let (long, _) = prefixes(a);
-                    add(&host, &format!("pod{n}"), a.gateway(n), long);
-                    add(&pod, "eth0", a.pod(n), long);
-                    pod.sh(&format!("ip route add default via {}", a.gateway(n)));
-                    pod.run(move || serve(n, a.pod(n)));
-                }
-                pod
-            })
-            .collect();
-        Self { host, client, pods, _nowhere: nowhere }
+        let mut pods = Vec::new();
+        for n in 1..=PODS {
+            let pod = Namespace::new();
+            host.join(&format!("pod{n}"), &pod, "eth0");
+            let mut on_pod = Vec::new();
+            for a in both {
+                let (long, _) = prefixes(a);
+                on_host.push(add(&format!("pod{n}"), a.gateway(n), long));
+                on_pod.push(add("eth0", a.pod(n), long));
+                on_pod.push(default_route(a.gateway(n)));
+            }
+            ip(&pod, &on_pod);
+            for a in both {
+                pod.run(move || serve(n, a.pod(n), with_sctp));
+            }
+            pods.push(pod);
+        }
+        ip(&client, &on_client);
+        ip(&host, &on_host);
+        for a in both {
+            host.run(move || serve(ON_NODE, a.node(), with_sctp));
+        }
+        let net = Self { host, client, pods, _nowhere: nowhere };
+        if with_sctp {
+            [&net.host, &net.client].into_iter().chain(&net.pods).for_each(sctp::hasten);
+        }
+        net
     }
 
     /// Where somebody is.
@@ -210,9 +224,10 @@ impl Net {
         done: Sender<Answer>,
     ) {
         let source = source(from, to);
+        let patience = if protocol == Protocol::Sctp { sctp::SILENCE } else { SILENCE };
         self.place(from).run(move || {
             std::thread::spawn(move || {
-                let _ = done.send(ask(protocol, source, to, SILENCE));
+                let _ = done.send(ask(protocol, source, to, patience));
             });
         });
     }
@@ -226,8 +241,9 @@ pub(super) fn ask(
     patience: Duration,
 ) -> Answer {
     match protocol {
+        Protocol::Tcp => answer(ask_tcp(source, to, patience)),
         Protocol::Udp => ask_udp(source, to, patience),
-        _ => ask_tcp(source, to, patience),
+        Protocol::Sctp => answer(sctp::ask(source, to, patience)),
     }
 }
 
@@ -249,15 +265,27 @@ fn prefixes(addresses: Addresses) -> (u8, u8) {
     }
 }
 
-fn add(namespace: &Namespace, interface: &str, address: IpAddr, prefix: u8) {
+fn add(interface: &str, address: IpAddr, prefix: u8) -> String {
     let nodad = if address.is_ipv6() { "nodad" } else { "" };
-    namespace.sh(&format!("ip addr add {address}/{prefix} dev {interface} {nodad}"));
+    format!("addr add {address}/{prefix} dev {interface} {nodad}")
+}
+
+fn default_route(via: impl Display) -> String {
+    format!("route add default via {via}")
+}
+
+/// Commands to `ip`, all with one start of it.
+fn ip(namespace: &Namespace, commands: &[String]) {
+    namespace.sh(&format!("ip -batch - <<'END'\n{}\nEND", commands.join("\n")));
 }
 
 /// Answers each connection with a number, the port and the client's address, until the process
 /// ends.
-fn serve(n: u8, address: IpAddr) {
+fn serve(n: u8, address: IpAddr, with_sctp: bool) {
     for port in POD_PORTS {
+        if with_sctp {
+            sctp::serve(n, address, port);
+        }
         let listener = TcpListener::bind((address, port)).unwrap();
         std::thread::spawn(move || {
             for mut stream in listener.incoming().flatten() {
@@ -277,15 +305,12 @@ fn serve(n: u8, address: IpAddr) {
 }
 
 /// One TCP connection.
-fn ask_tcp(source: SocketAddr, to: SocketAddr, patience: Duration) -> Answer {
-    let asked = || -> std::io::Result<String> {
-        let mut stream = connect(source, to, patience)?;
-        stream.set_read_timeout(Some(patience))?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    };
-    answer(asked())
+fn ask_tcp(source: SocketAddr, to: SocketAddr, patience: Duration) -> std::io::Result<String> {
+    let mut stream = connect(source, to, patience)?;
+    stream.set_read_timeout(Some(patience))?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// A connection from a given address, in bounded time.
@@ -328,7 +353,8 @@ fn ask_udp(source: SocketAddr, to: SocketAddr, patience: Duration) -> Answer {
     answer(asked())
 }
 
-fn answer(asked: std::io::Result<String>) -> Answer {
+/// What a client makes of it.
+pub(super) fn answer(asked: std::io::Result<String>) -> Answer {
     match asked {
         Ok(text) => {
             let mut words = text.split(' ');

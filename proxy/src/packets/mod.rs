@@ -8,11 +8,13 @@
 //! | file | what it holds |
 //! |---|---|
 //! | [`fixture`] | the network, and one connection as it looks from both ends |
+//! | [`sctp`] | SCTP, where the kernel has it |
 //! | [`backends`] | from objects to each backend, without the loop |
 //! | [`features`], [`rows`] | the table: a Service, who asks, what comes of it, and where a backend differs |
 //! | [`table_test`] | runs the table |
 //! | [`explain_test`] | asks for each row of the table why its packets go where they go |
 //! | [`changes_test`] | what needs more than one step: even choice, affinity, flows of UDP |
+//! | [`sctp_test`] | the table and those steps with SCTP: in the virtual machine of `tests/vm/proxy`, if not here |
 //! | [`rejects_test`] | how refusals are told, and the guard of loopback |
 //! | [`whole_test`] | both families at once, health checks, the node's own range of pods |
 //! | [`model`] | random changes, and where packets should go, from the documentation |
@@ -57,5 +59,7 @@ mod load_test;
 mod model;
 mod rejects_test;
 mod rows;
+mod sctp;
+mod sctp_test;
 mod table_test;
 mod whole_test;

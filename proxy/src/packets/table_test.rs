@@ -26,6 +26,11 @@ const AT_ONCE: Duration = Duration::from_millis(800);
 everywhere!(every_feature_does_as_documented);
 
 fn every_feature_does_as_documented(mode: Mode, family: Family) {
+    run_table(mode, family, &[Protocol::Tcp, Protocol::Udp]);
+}
+
+/// Asks every question by each of these protocols.
+pub(super) fn run_table(mode: Mode, family: Family, protocols: &[Protocol]) {
     let net = Net::new();
     let mut failures = Vec::new();
     let mut running: Option<(crate::ProxyConfig, Proxy<'_>)> = None;
@@ -44,11 +49,12 @@ fn every_feature_does_as_documented(mode: Mode, family: Family) {
             }
         };
         let own = Own { addresses: Addresses(family), n: u8::try_from(n).unwrap() + 1 };
-        proxy.set(own.service((feature.service)(own)));
+        // In this order only the Service leads to a commit.
         for (part, slice) in feature.slices.iter().enumerate() {
             proxy.set(own.slice(part, slice));
         }
-        failures.extend(failures_of(&net, &feature, own, mode));
+        proxy.set(own.service((feature.service)(own)));
+        failures.extend(failures_of(&net, &feature, own, mode, protocols));
         proxy.remove("Service", &own.n.to_string());
         for part in 0..feature.slices.len() {
             proxy.remove("EndpointSlice", &format!("{}-{part}", own.n));
@@ -58,7 +64,13 @@ fn every_feature_does_as_documented(mode: Mode, family: Family) {
     assert!(failures.is_empty(), "{} of the answers:\n{}", failures.len(), failures.join("\n"));
 }
 
-fn failures_of(net: &Net, feature: &Feature, own: Own, mode: Mode) -> Vec<String> {
+fn failures_of(
+    net: &Net,
+    feature: &Feature,
+    own: Own,
+    mode: Mode,
+    protocols: &[Protocol],
+) -> Vec<String> {
     let mut failures = Vec::new();
     let mut fail = |question: &Question, protocol, expected: &dyn std::fmt::Debug, found| {
         let to = (question.to)(own);
@@ -71,7 +83,7 @@ fn failures_of(net: &Net, feature: &Feature, own: Own, mode: Mode) -> Vec<String
     let mut silent: Vec<(&Question, Protocol, Expect, Receiver<Answer>)> = Vec::new();
     for question in &feature.questions {
         let but = (question.but)(mode, own.addresses.0);
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
+        for &protocol in protocols {
             let expect = but.unwrap_or(question.expect).for_backend(mode, protocol);
             let to = (question.to)(own);
             match expect {
@@ -95,8 +107,10 @@ fn failures_of(net: &Net, feature: &Feature, own: Own, mode: Mode) -> Vec<String
                     let begin = Instant::now();
                     let found = net.ask(question.from, protocol, to);
                     // The kernel doesn't believe an ICMP error while the client is still calling
-                    // `connect`; iptables answers TCP so, as kube-proxy has it.
-                    let slow = mode == Mode::Iptables && protocol == Protocol::Tcp;
+                    // `connect`; iptables answers TCP so, as kube-proxy has it, and SCTP knows no
+                    // other refusal.
+                    let slow = protocol == Protocol::Sctp
+                        || mode == Mode::Iptables && protocol == Protocol::Tcp;
                     if begin.elapsed() > AT_ONCE && !slow {
                         fail(question, protocol, &expect, format!("{:?} late", begin.elapsed()));
                     }
