@@ -18,7 +18,7 @@ pub(crate) struct Eligible {
     pub(crate) cluster: Vec<Endpoint>,
     /// For traffic that must stay on this node.
     pub(crate) local: Vec<Endpoint>,
-    /// Those of either that may be on this node, and so may be their own client.
+    /// Those of either that may be on this node, and so may be their own client by any address.
     pub(crate) hairpin: Vec<Endpoint>,
     /// Which hints narrowed [`Self::cluster`] down.
     pub(crate) topology: Topology,

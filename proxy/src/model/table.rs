@@ -217,7 +217,7 @@ impl ServiceTable {
         let addresses = service.addresses.iter().filter(|a| families.contains(&Family::of(*a)));
         rules.addresses.extend(addresses.map(|a| (AddressSet::ClusterAddresses, a)));
         for plan in plans {
-            let hairpin = plan.eligible.hairpin.iter().map(|e| (AddressSet::Hairpin, e.address));
+            let hairpin = plan.own_clients().map(|e| (AddressSet::Hairpin, e.address));
             rules.addresses.extend(hairpin);
             plan.add_frontends(&mut rules.frontends);
         }
@@ -332,10 +332,28 @@ impl PortPlan<'_> {
         !(self.eligible.cluster.is_empty() && self.eligible.local.is_empty())
     }
 
+    /// Endpoints that may come here as their own client.
+    ///
+    /// Those of other nodes may where the external policy is Local: they are inside, so they are
+    /// sent to any endpoint with their own address, and may have come by this node's node port or
+    /// by an address that leads here. With another policy everybody's address is hidden there.
+    fn own_clients(&self) -> impl Iterator<Item = &Endpoint> {
+        let from_elsewhere = match self.service.external_policy {
+            TrafficPolicy::Local if self.is_for_outside() => &self.eligible.cluster[..],
+            _ => &[],
+        };
+        self.eligible.hairpin.iter().chain(from_elsewhere)
+    }
+
+    /// Whether it has a node port or an address for the outside.
+    fn is_for_outside(&self) -> bool {
+        self.port.node_port.is_some()
+            || self.external_ips().chain(self.load_balancer_ips()).next().is_some()
+    }
+
     fn without_local_endpoints(&self) -> WithoutLocal {
         let nowhere = self.has_endpoints() && self.eligible.local.is_empty();
-        let reachable = self.port.node_port.is_some()
-            || self.external_ips().chain(self.load_balancer_ips()).next().is_some();
+        let reachable = self.is_for_outside();
         let local = |policy| nowhere && policy == TrafficPolicy::Local;
         WithoutLocal {
             family: self.family,

@@ -11,8 +11,9 @@ use crate::{
     packets::{
         features::{
             Expect::{By, NoneHere, NotAdmitted},
-            Feature,
+            Feature, Part,
             Seen::{Client, Node},
+            pod,
         },
         fixture::From,
     },
@@ -63,6 +64,12 @@ pub(super) fn rows() -> Vec<Feature> {
                 questions.extend(ask(&[NODE], to, By(BOTH, Node)));
                 questions
             }),
+        ),
+        feature(
+            "an endpoint of another node reaches its own Service by this one",
+            external_local,
+            vec![Part(8080, vec![pod(2)])],
+            [external, balancer, node_port].map(|to| ask(&[From::Pod(2)], to, By(&[2], Node))),
         ),
         feature(
             "externalTrafficPolicy Local doesn't touch the cluster address",
