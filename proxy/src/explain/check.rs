@@ -39,7 +39,9 @@ impl Snapshot {
         let layout = start::layout(&self.config, frontend.family);
         let held = match observe(&mut NftSocket::open()?, &layout)? {
             Found::Intact { held, .. } => held,
-            Found::Different(why) => return Ok(vec![format!("the table is another one: {why}")]),
+            Found::Different(why) => {
+                return Ok(vec![format!("the table is not as it should be: {why}")]);
+            }
         };
         let mut differences = Vec::new();
         let mut plan = Plan::default();

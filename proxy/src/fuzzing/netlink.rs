@@ -16,7 +16,7 @@ use crate::{
     nftables::{
         apply::Table,
         attribute::{Attributes, Messages},
-        batch::{Batch, Element, comment_of},
+        batch::{Batch, Element, TABLE, comment_of},
         monitor::concerns_us,
         observe::observe,
         reading::Reading,
@@ -96,7 +96,7 @@ fn read_alone(answer: &[u8], family: Family) {
     let mut count = 0;
     for message in Messages(answer) {
         count += 1;
-        concerns_us(&message, &[family.protocol_family()]);
+        concerns_us(&message, &[family.protocol_family()], &[TABLE]);
         for (_, value) in message.attributes() {
             let _ = comment_of(value);
             elements.extend(Attributes(value).filter_map(|(_, e)| Element::parse(Attributes(e))));

@@ -3,21 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    attribute::Attributes,
-    batch::{Batch, Chain, Element, TABLE},
+    batch::{Batch, Chain, TABLE},
     changes::{Changes, Plan},
     held::{Held, Next, affinity_seconds},
-    keys::read_choice,
-    layout::{self, DynamicChain, PickChain},
+    layout::{DynamicChain, PickChain},
+    look::has_table,
     monitor::{Ears, Writing},
     observe::{Found, observe, was_taken},
     rules::Layout,
     socket::{NftError, NftSocket},
     sources::{Sources, SourcesId},
-    uapi::{
-        NFT_MSG_GETSETELEM, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET,
-        NFTA_SET_ELEM_LIST_TABLE,
-    },
 };
 use crate::{
     backend::{Applied, Backend, BackendError, Forget, Goal},
@@ -40,10 +35,10 @@ pub(super) enum Written {
 /// The proxy's table in one family, and what it is known to hold.
 #[derive(Debug)]
 pub(crate) struct Table {
-    socket: NftSocket,
+    pub(super) socket: NftSocket,
     ears: Ears,
-    layout: Layout,
-    held: Held,
+    pub(super) layout: Layout,
+    pub(super) held: Held,
 }
 
 impl Table {
@@ -118,6 +113,12 @@ impl Table {
         }
         self.bisect(&units, desired, applied)?;
         self.drop_unused();
+        match self.forget_strangers() {
+            Ok(strangers) => applied.elements += strangers,
+            Err(error) => {
+                tracing::warn!(%error, "sticky clients may be sent to endpoints that are gone");
+            }
+        }
         Ok(Written::All)
     }
 
@@ -154,11 +155,14 @@ impl Table {
         self.socket.check(&mut static_part(&self.layout, &needed))
     }
 
-    /// Removes the table; it is no error if there is none.
+    /// Removes the table; if there is none, nothing is written.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub(crate) fn remove(&mut self) -> Result<(), NftError> {
+        if !has_table(&mut self.socket, self.layout.family, TABLE)? {
+            return Ok(());
+        }
         let mut batch = Batch::new(self.layout.family);
         batch.add_table("");
         batch.delete_table();
@@ -301,49 +305,6 @@ impl Table {
             tracing::warn!(%error, "chains that nothing leads to stay in the kernel");
         }
     }
-
-    /// Makes sticky clients forget endpoints that are gone.
-    ///
-    /// # Errors
-    /// When the map can't be read or the kernel refuses.
-    pub(crate) fn forget(&mut self, forget: &[Forget]) -> Result<(), NftError> {
-        if forget.is_empty() {
-            return Ok(());
-        }
-        let family = self.layout.family;
-        let mut gone = Vec::new();
-        self.socket.list(
-            family,
-            NFT_MSG_GETSETELEM,
-            |w| {
-                w.text_attribute(NFTA_SET_ELEM_LIST_TABLE, TABLE);
-                w.text_attribute(NFTA_SET_ELEM_LIST_SET, layout::AFFINITY);
-            },
-            |message| {
-                let Some(list) = message.attributes().find(NFTA_SET_ELEM_LIST_ELEMENTS) else {
-                    return;
-                };
-                let elements = Attributes(list).filter_map(|(_, e)| Element::parse(Attributes(e)));
-                gone.extend(elements.filter(|element| {
-                    read_choice(family, element).is_some_and(|(frontend, endpoint)| {
-                        forget.iter().any(|f| f.concerns(&frontend, endpoint))
-                    })
-                }));
-            },
-            || {},
-        )?;
-        for element in gone {
-            let mut batch = Batch::new(family);
-            batch.elements(layout::AFFINITY, false, [element]);
-            match self.socket.commit(&mut batch) {
-                Ok(()) => {}
-                // Its time was up meanwhile.
-                Err(error) if error.errno() == Some(libc::ENOENT) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Backend for Table {
@@ -461,7 +422,7 @@ impl Needed {
 }
 
 /// The table without its elements, instead of what there is of it.
-fn static_part(layout: &Layout, needed: &Needed) -> Batch {
+pub(super) fn static_part(layout: &Layout, needed: &Needed) -> Batch {
     let mut batch = Batch::new(layout.family);
     // Adding first makes the removal valid whether there is a table or not.
     batch.add_table("");

@@ -72,6 +72,19 @@ pub(crate) struct Set {
     pub(crate) kind: SetKind,
 }
 
+impl Set {
+    /// The kernel's flags of it.
+    pub(super) fn flags(&self) -> u32 {
+        let map = if self.data == MapData::None { 0 } else { NFT_SET_MAP };
+        let kind = match self.kind {
+            SetKind::Plain => 0,
+            SetKind::Dynamic { .. } => NFT_SET_TIMEOUT | NFT_SET_EVAL,
+            SetKind::Intervals => NFT_SET_INTERVAL,
+        };
+        map | kind
+    }
+}
+
 /// What a set's elements are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SetKind {
@@ -290,13 +303,7 @@ impl Batch {
         self.message(NFT_MSG_NEWSET, NLM_F_CREATE, Subject::Set(set.name.clone()), |w| {
             w.text_attribute(NFTA_SET_TABLE, TABLE);
             w.text_attribute(NFTA_SET_NAME, &set.name);
-            let map = if set.data == MapData::None { 0 } else { NFT_SET_MAP };
-            let kind = match set.kind {
-                SetKind::Plain => 0,
-                SetKind::Dynamic { .. } => NFT_SET_TIMEOUT | NFT_SET_EVAL,
-                SetKind::Intervals => NFT_SET_INTERVAL,
-            };
-            w.u32_attribute(NFTA_SET_FLAGS, map | kind);
+            w.u32_attribute(NFTA_SET_FLAGS, set.flags());
             w.u32_attribute(NFTA_SET_KEY_TYPE, set.key_type);
             w.u32_attribute(NFTA_SET_KEY_LEN, set.key_length);
             match set.data {
@@ -477,7 +484,8 @@ impl Element {
     }
 }
 
-fn parse_verdict(attributes: Attributes<'_>) -> Option<Verdict> {
+/// A verdict as the kernel lists it, if it is one that the proxy may write.
+pub(super) fn parse_verdict(attributes: Attributes<'_>) -> Option<Verdict> {
     let chain = || attributes.find_text(NFTA_VERDICT_CHAIN).map(str::to_owned);
     match attributes.find_u32(NFTA_VERDICT_CODE)? as i32 {
         NF_DROP => Some(Verdict::Drop),

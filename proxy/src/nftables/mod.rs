@@ -10,21 +10,27 @@
 //! [`picks`] those that are made when they are needed, both put together from [`steps`]; [`held`]
 //! turns units into [`changes`] of elements ([`keys`], [`sources`]), and [`reading`] turns elements
 //! back; [`batch`], [`expression`] and [`attribute`] are the encoder; [`socket`] talks to the
-//! kernel over a [`wire`]; [`observe`] reads back, with [`elements`]; [`apply`] writes; [`monitor`] hears of others who write; [`text`] prints all of it
+//! kernel over a [`wire`]; [`observe`] reads back, with [`elements`], and [`compare`]s; [`apply`]
+//! writes; [`affinity`] cleans what packets write; [`monitor`] hears of others who write, and
+//! [`contention`] puts off mending what they keep changing; [`look`] only looks; [`text`] prints all of it
 //! without a kernel. The packet's path is drawn in the crate's `README.md`.
 //!
 //! The number of chains and rules doesn't grow with Services, and the cost of a change doesn't
 //! either. What another program may see is never half a change.
 
+pub(crate) mod affinity;
 pub(crate) mod apply;
 pub(crate) mod attribute;
 pub(crate) mod batch;
 pub(crate) mod changes;
+pub(crate) mod compare;
+pub(crate) mod contention;
 pub(crate) mod elements;
 pub(crate) mod expression;
 pub(crate) mod held;
 pub(crate) mod keys;
 pub(crate) mod layout;
+pub(crate) mod look;
 pub(crate) mod monitor;
 pub(crate) mod observe;
 pub(crate) mod picks;
@@ -39,6 +45,8 @@ pub(crate) mod wire;
 
 #[cfg(test)]
 mod chains_test;
+#[cfg(test)]
+mod compare_test;
 #[cfg(test)]
 mod elements_test;
 #[cfg(test)]

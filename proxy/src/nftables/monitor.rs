@@ -2,7 +2,8 @@
 //!
 //! The kernel tells of every transaction. A filter on the socket leaves out the proxy's own, so
 //! that a large load of its own neither wakes anybody nor overflows the queue. Should others
-//! overflow it, that counts as a change too.
+//! overflow it, that counts as a change too. Each transaction ends with a message that names the
+//! program that made it.
 //!
 //! What is left out is made all the same: the kernel writes a message for every element before it
 //! looks who wants it. That is a third to a half of a large load (250,000 elements by `nft` on a busy
@@ -14,6 +15,7 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd},
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use netlink_sys::{
@@ -23,14 +25,26 @@ use netlink_sys::{
 use super::{
     attribute::{Message, Messages},
     batch::TABLE,
+    contention::{Patience, Program},
     uapi::*,
     wire::force_buffer,
 };
+
+/// So long the end of a transaction is waited for whose beginning was heard.
+const END: Duration = Duration::from_millis(100);
+/// What is heard within this time is looked at together.
+const TOGETHER: Duration = Duration::from_millis(50);
 
 /// A listener for transactions of others.
 pub(crate) struct Monitor {
     socket: TokioSocket,
     families: Vec<u8>,
+    tables: &'static [&'static str],
+    patience: Patience,
+    /// The beginning of a transaction that concerns us was heard.
+    begun: bool,
+    /// Who made the last one that was heard.
+    by: Option<Program>,
 }
 
 /// Who writes to the tables: the number of its socket, and the ears that it may cover.
@@ -93,22 +107,117 @@ impl Monitor {
         for writing in own {
             writing.ears.belong_to(socket.socket_ref())?;
         }
-        Ok(Self { socket, families })
+        Ok(Self {
+            socket,
+            families,
+            tables: &[TABLE],
+            patience: Patience::new(Duration::ZERO),
+            begun: false,
+            by: None,
+        })
     }
 
-    /// Waits until something was heard that concerns the proxy.
+    /// Puts off, by this time at most, what [`Self::heard`] hears over and over again.
+    pub(crate) fn patient(self, longest: Duration) -> Self {
+        Self { patience: Patience::new(longest), ..self }
+    }
+
+    /// Listens for changes of these tables instead of the proxy's own.
+    pub(crate) fn of_tables(self, tables: &'static [&'static str]) -> Self {
+        Self { tables, ..self }
+    }
+
+    /// Waits until something was heard that concerns the proxy. Where that never stops it takes
+    /// longer each time, and who doesn't stop is logged.
     ///
     /// # Errors
     /// When the socket fails.
     pub(crate) async fn heard(&mut self) -> io::Result<Heard> {
+        let mut heard = self.next().await?;
+        let (wait, first) = self.patience.after_edit(Instant::now());
+        if first {
+            let by = self.by.clone().map(Program::process);
+            let (program, pid) = by.map_or((String::new(), 0), |by| (by.name, by.pid));
+            tracing::warn!(
+                program,
+                pid,
+                "another program, maybe another keelson or a script, keeps changing the proxy's \
+                 table; it is mended more and more seldom until that ends"
+            );
+        }
+        let until = Instant::now() + wait;
+        while !wait.is_zero()
+            && let Ok(more) = tokio::time::timeout_at(until.into(), self.next()).await
+        {
+            if more? == Heard::Edited {
+                heard = Heard::Edited;
+            }
+        }
+        Ok(heard)
+    }
+
+    /// Who made the last change that was heard of, if the kernel said so.
+    #[cfg(test)]
+    pub(super) fn last(&self) -> Option<&Program> {
+        self.by.as_ref()
+    }
+
+    /// Waits until a program that is none of `own` changed the tables, and a moment for what else
+    /// it may write.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub(crate) async fn others(&mut self, own: impl Fn(u32) -> bool) -> io::Result<()> {
         loop {
-            match self.socket.recv_from_full().await {
+            let mut programs = vec![(self.next().await?, self.by.take())];
+            let until = Instant::now() + TOGETHER;
+            while let Ok(more) = tokio::time::timeout_at(until.into(), self.next()).await {
+                programs.push((more?, self.by.take()));
+            }
+            let is_own = |by: &Option<Program>| by.as_ref().is_some_and(|by| own(by.pid));
+            if programs.iter().any(|(heard, by)| *heard == Heard::Overflow || !is_own(by)) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The next transaction that concerns us. Dropped before it is over, it loses nothing.
+    async fn next(&mut self) -> io::Result<Heard> {
+        loop {
+            let received = self.socket.recv_from_full();
+            let received = if self.begun {
+                match tokio::time::timeout(END, received).await {
+                    Ok(received) => received,
+                    Err(_) => {
+                        // Nobody says who it was.
+                        self.begun = false;
+                        self.by = None;
+                        return Ok(Heard::Edited);
+                    }
+                }
+            } else {
+                received.await
+            };
+            match received {
                 Ok((bytes, _)) => {
-                    if Messages(&bytes).any(|message| concerns_us(&message, &self.families)) {
+                    let mut ended = false;
+                    for message in Messages(&bytes) {
+                        let [subsystem, kind] = message.kind.to_be_bytes();
+                        let end = subsystem == NFNL_SUBSYS_NFTABLES && kind == NFT_MSG_NEWGEN;
+                        if end && self.begun {
+                            self.begun = false;
+                            self.by = Program::read(&message);
+                            ended = true;
+                        }
+                        self.begun |= concerns_us(&message, &self.families, self.tables);
+                    }
+                    if ended {
                         return Ok(Heard::Edited);
                     }
                 }
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    self.begun = false;
+                    self.by = None;
                     return Ok(Heard::Overflow);
                 }
                 Err(error) => return Err(error),
@@ -117,15 +226,18 @@ impl Monitor {
     }
 }
 
-/// Whether a notification is about the proxy's table in one of these families.
-pub(crate) fn concerns_us(message: &Message<'_>, families: &[u8]) -> bool {
+/// Whether a notification is about one of these tables in one of these families.
+pub(crate) fn concerns_us(message: &Message<'_>, families: &[u8], tables: &[&str]) -> bool {
     let [subsystem, kind] = message.kind.to_be_bytes();
     if subsystem != NFNL_SUBSYS_NFTABLES || matches!(kind, NFT_MSG_NEWGEN | NFT_MSG_TRACE) {
         return false;
     }
     // The table's name is the first attribute of every kind of message.
     message.family().is_some_and(|family| families.contains(&family))
-        && message.attributes().find_text(NFTA_TABLE_NAME) == Some(TABLE)
+        && message
+            .attributes()
+            .find_text(NFTA_TABLE_NAME)
+            .is_some_and(|table| tables.contains(&table))
 }
 
 /// Lets the kernel drop notifications of what these sockets did. All messages of one datagram are

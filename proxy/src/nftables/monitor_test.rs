@@ -1,14 +1,15 @@
-//! A monitor whose ears are covered during a load, and what happens meanwhile.
+//! A monitor whose ears are covered during a load, what happens meanwhile, and others who don't stop.
 
 use std::{
     sync::mpsc::{self, Receiver},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
 
 use super::{
     apply::Written,
+    batch::Batch,
     monitor::{Ears, Heard, Monitor, Writing},
     ruleset_test::{World, layouts, open, service, slices},
     socket::NftSocket,
@@ -71,4 +72,34 @@ fn a_commit_of_others_during_a_load_leaves_doubts() {
         assert_eq!(written.unwrap(), doubts, "{others}: {applied:?}");
         assert!(applied.rebuilt.is_some() && applied.elements > 0, "{others}: {applied:?}");
     }
+}
+
+/// Long enough to be told from a moment.
+const LONGEST: Duration = Duration::from_millis(500);
+
+#[test]
+fn who_edits_without_end_is_mended_less_often() {
+    let host = Namespace::new();
+    let (early, late, by) = host.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut monitor = Monitor::open(&[], vec![2]).unwrap().patient(LONGEST);
+            let mut other = NftSocket::open().unwrap();
+            let mut took = Vec::new();
+            for _ in 0..22 {
+                let mut batch = Batch::new(Family::V4);
+                batch.add_table("");
+                batch.delete_table();
+                other.commit(&mut batch).unwrap();
+                let begin = Instant::now();
+                monitor.heard().await.unwrap();
+                took.push(begin.elapsed());
+            }
+            let late = took.split_off(20);
+            (took.into_iter().min(), late.into_iter().min(), monitor.last().cloned())
+        })
+    });
+    assert!(early.unwrap() < LONGEST, "{early:?}");
+    assert!(late.unwrap() >= LONGEST, "{late:?}");
+    assert!(by.is_some_and(|by| by.pid != 0 && !by.name.is_empty()));
 }

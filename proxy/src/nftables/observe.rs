@@ -7,9 +7,9 @@ use std::{
 };
 
 use super::{
-    attribute::Attributes,
-    batch::{Chain, SetKind, TABLE, comment_of},
+    batch::{Chain, SetKind, TABLE},
     changes::Changes,
+    compare::{FoundChain, FoundRule, FoundSet, FoundTable},
     elements::{all_elements, list_elements, read_endpoints},
     held::Held,
     layout::{DynamicChain, endpoints_lane},
@@ -34,13 +34,6 @@ pub(crate) enum Found {
     Different(String),
 }
 
-/// A chain as the kernel lists it.
-#[derive(Debug, Default)]
-struct FoundChain {
-    hook: Option<(u32, i32)>,
-    comments: Vec<String>,
-}
-
 /// Reads the table of the layout's family.
 ///
 /// # Errors
@@ -48,12 +41,13 @@ struct FoundChain {
 pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, NftError> {
     let different = |why: String| Ok(Found::Different(why));
     let generation = socket.generation()?;
-    if let Some(why) = not_ours(socket, layout)? {
-        return different(why);
-    }
+    let table = match found_table(socket, layout)? {
+        Ok(table) => table,
+        Err(why) => return different(why),
+    };
     let sets = sets(socket, layout)?;
-    if let Some(set) = layout.sets().iter().find(|set| !sets.contains_key(&*set.name)) {
-        return different(format!("the map {} is gone", set.name));
+    if let Some(why) = sets_difference(layout, &sets) {
+        return different(why);
     }
     let chains = chains(socket, layout)?;
     let mut picks = HashSet::new();
@@ -68,9 +62,8 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
             }
             (None, None) => return different(format!("there is a chain {name} that isn't ours")),
         };
-        let hook = chain.hook.map(|hook| (hook.hook, hook.priority));
-        if hook != found.hook || !chain.rules.iter().map(|r| &r.comment).eq(&found.comments) {
-            return different(format!("the chain {name} was edited"));
+        if let Some(why) = found.difference(&chain) {
+            return different(why);
         }
     }
     if let Some(name) = expected.keys().next() {
@@ -78,6 +71,10 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
     }
     if let Some(pick) = Layout::common_chains().find(|pick| !picks.contains(pick)) {
         return different(format!("the chain {} is gone", pick.name()));
+    }
+
+    if let Some(why) = table.difference(chains.len() + sets.len()) {
+        return different(why);
     }
 
     let lists = sets.keys().filter_map(|name| SourcesId::parse(name));
@@ -105,7 +102,7 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
     }
     // Now the verdicts tell how many endpoints there should be.
     for (name, lane) in of_endpoints {
-        let count = sets.get(name).copied().flatten();
+        let count = sets.get(name).and_then(|set| set.count);
         read_endpoints(socket, &mut reading, name, lane, count, generation)?;
     }
     let (mut held, strays) = reading.finish();
@@ -118,41 +115,42 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
 /// # Errors
 /// When the kernel doesn't answer.
 pub(crate) fn was_taken(socket: &mut NftSocket, layout: &Layout) -> Result<bool, NftError> {
-    Ok(not_ours(socket, layout)?.is_none())
+    Ok(found_table(socket, layout)?.is_ok())
 }
 
-/// Why a table is none of this release and configuration.
-fn not_ours(socket: &mut NftSocket, layout: &Layout) -> Result<Option<String>, NftError> {
-    Ok(match table_comment(socket, layout)? {
-        None => Some("there is no table yet".into()),
-        Some(comment) if comment != layout.fingerprint() => {
-            Some("it was written by another release or with another configuration".into())
+/// The table, or why there is none of this release and configuration.
+fn found_table(
+    socket: &mut NftSocket,
+    layout: &Layout,
+) -> Result<Result<FoundTable, String>, NftError> {
+    Ok(match any_table(socket, layout)? {
+        None => Err("there is no table yet".into()),
+        Some(table) if table.comment != layout.fingerprint() => {
+            Err("it was written by another release or with another configuration".into())
         }
-        Some(_) => None,
+        Some(table) => Ok(table),
     })
 }
 
-fn table_comment(socket: &mut NftSocket, layout: &Layout) -> Result<Option<String>, NftError> {
-    let mut comment = None;
+fn any_table(socket: &mut NftSocket, layout: &Layout) -> Result<Option<FoundTable>, NftError> {
+    let mut table = None;
     socket.list(
         layout.family,
         NFT_MSG_GETTABLE,
         |_| {},
         |message| {
-            let attributes = message.attributes();
-            if attributes.find_text(NFTA_TABLE_NAME) == Some(TABLE) {
-                let data = attributes.find(NFTA_TABLE_USERDATA).and_then(comment_of);
-                comment = Some(data.unwrap_or_default().to_owned());
+            if let Some(found) = FoundTable::read(message.attributes()) {
+                table = Some(found);
             }
         },
         || {},
     )?;
-    Ok(comment)
+    Ok(table)
 }
 
-/// The sets' names, and how many elements each has where the kernel tells (since Linux 6.16).
-fn sets(socket: &mut NftSocket, layout: &Layout) -> Result<HashMap<String, Option<u32>>, NftError> {
-    let mut sets = HashMap::new();
+/// The sets, by name.
+fn sets(socket: &mut NftSocket, layout: &Layout) -> Result<HashMap<String, FoundSet>, NftError> {
+    let sets: RefCell<HashMap<String, FoundSet>> = RefCell::default();
     socket.list(
         layout.family,
         NFT_MSG_GETSET,
@@ -162,12 +160,30 @@ fn sets(socket: &mut NftSocket, layout: &Layout) -> Result<HashMap<String, Optio
             if attributes.find_text(NFTA_SET_TABLE) == Some(TABLE)
                 && let Some(name) = attributes.find_text(NFTA_SET_NAME)
             {
-                sets.insert(name.to_owned(), attributes.find_u32(NFTA_SET_COUNT));
+                sets.borrow_mut().insert(name.to_owned(), FoundSet::read(attributes));
             }
         },
-        || {},
+        || sets.borrow_mut().clear(),
     )?;
-    Ok(sets)
+    Ok(sets.into_inner())
+}
+
+/// What differs between the sets that there should be and those that are there.
+fn sets_difference(layout: &Layout, sets: &HashMap<String, FoundSet>) -> Option<String> {
+    let expected = layout.sets();
+    if let Some(set) = expected.iter().find(|set| !sets.contains_key(&*set.name)) {
+        return Some(format!("the map {} is gone", set.name));
+    }
+    sets.iter().find_map(|(name, found)| {
+        let fixed = expected.iter().find(|set| set.name == *name).cloned();
+        let list = || SourcesId::parse(name).map(|id| layout.source_set(id));
+        match fixed.or_else(list) {
+            None => Some(format!("there is a set {name} that isn't ours")),
+            Some(set) => {
+                (!found.is(&set)).then(|| format!("the set {name} was declared otherwise"))
+            }
+        }
+    })
 }
 
 fn chains(
@@ -185,11 +201,7 @@ fn chains(
             if attributes.find_text(NFTA_CHAIN_TABLE) != Some(TABLE) {
                 return;
             }
-            let hook = attributes.find(NFTA_CHAIN_HOOK).map(Attributes).and_then(|hook| {
-                let priority = hook.find_u32(NFTA_HOOK_PRIORITY)? as i32;
-                Some((hook.find_u32(NFTA_HOOK_HOOKNUM)?, priority))
-            });
-            chains.borrow_mut().insert(name.to_owned(), FoundChain { hook, comments: Vec::new() });
+            chains.borrow_mut().insert(name.to_owned(), FoundChain::read(attributes));
         },
         || chains.borrow_mut().clear(),
     )?;
@@ -202,15 +214,14 @@ fn chains(
             if attributes.find_text(NFTA_RULE_TABLE) != Some(TABLE) {
                 return;
             }
-            let comment = attributes.find(NFTA_RULE_USERDATA).and_then(comment_of);
             let mut chains = chains.borrow_mut();
             if let Some(name) = attributes.find_text(NFTA_RULE_CHAIN)
                 && let Some(chain) = chains.get_mut(name)
             {
-                chain.comments.push(comment.unwrap_or_default().to_owned());
+                chain.rules.push(FoundRule::read(attributes));
             }
         },
-        || chains.borrow_mut().values_mut().for_each(|chain| chain.comments.clear()),
+        || chains.borrow_mut().values_mut().for_each(|chain| chain.rules.clear()),
     )?;
     Ok(chains.into_inner())
 }

@@ -179,7 +179,7 @@ pub(super) fn open(host: &Namespace, layout: &Layout) -> Table {
 }
 
 /// A listing with its elements in order, since the kernel has them in any.
-fn normalized(listing: &str) -> String {
+pub(super) fn normalized(listing: &str) -> String {
     let mut text = String::new();
     let mut rest = listing;
     while let Some((before, after)) = rest.split_once("elements = {") {

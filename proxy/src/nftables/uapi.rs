@@ -41,6 +41,8 @@ pub(crate) const NFT_MSG_TRACE: u8 = 17;
 
 pub(crate) const NFTA_TABLE_NAME: u16 = 1;
 pub(crate) const NFTA_TABLE_FLAGS: u16 = 2;
+pub(crate) const NFTA_TABLE_USE: u16 = 3;
+pub(crate) const NFT_TABLE_F_DORMANT: u32 = 1;
 pub(crate) const NFTA_TABLE_USERDATA: u16 = 6;
 
 pub(crate) const NFTA_CHAIN_TABLE: u16 = 1;
@@ -71,6 +73,11 @@ pub(crate) const NFTA_SET_DATA_LEN: u16 = 7;
 pub(crate) const NFTA_SET_DESC: u16 = 9;
 pub(crate) const NFTA_SET_DESC_SIZE: u16 = 1;
 pub(crate) const NFTA_SET_ID: u16 = 10;
+pub(crate) const NFTA_SET_TIMEOUT: u16 = 11;
+pub(crate) const NFTA_SET_GC_INTERVAL: u16 = 12;
+pub(crate) const NFTA_SET_OBJ_TYPE: u16 = 15;
+pub(crate) const NFTA_SET_EXPR: u16 = 17;
+pub(crate) const NFTA_SET_EXPRESSIONS: u16 = 18;
 pub(crate) const NFTA_SET_COUNT: u16 = 20;
 pub(crate) const NFT_SET_INTERVAL: u32 = 0x04;
 pub(crate) const NFT_SET_MAP: u32 = 0x08;
@@ -90,6 +97,8 @@ pub(crate) const NFTA_DATA_VERDICT: u16 = 2;
 pub(crate) const NFTA_VERDICT_CODE: u16 = 1;
 pub(crate) const NFTA_VERDICT_CHAIN: u16 = 2;
 pub(crate) const NFTA_GEN_ID: u16 = 1;
+pub(crate) const NFTA_GEN_PROC_PID: u16 = 2;
+pub(crate) const NFTA_GEN_PROC_NAME: u16 = 3;
 
 pub(crate) const NF_DROP: i32 = 0;
 pub(crate) const NFT_JUMP: i32 = -3;
@@ -123,6 +132,7 @@ pub(crate) const NFT_CT_DST_IP6: u32 = 22;
 pub(crate) const NFTA_NG_DREG: u16 = 1;
 pub(crate) const NFTA_NG_MODULUS: u16 = 2;
 pub(crate) const NFTA_NG_TYPE: u16 = 3;
+pub(crate) const NFTA_NG_OFFSET: u16 = 4;
 pub(crate) const NFT_NG_RANDOM: u32 = 1;
 
 pub(crate) const NFTA_LOOKUP_SET: u16 = 1;
@@ -136,12 +146,16 @@ pub(crate) const NFTA_DYNSET_OP: u16 = 3;
 pub(crate) const NFTA_DYNSET_SREG_KEY: u16 = 4;
 pub(crate) const NFTA_DYNSET_SREG_DATA: u16 = 5;
 pub(crate) const NFTA_DYNSET_TIMEOUT: u16 = 6;
+pub(crate) const NFTA_DYNSET_FLAGS: u16 = 9;
 pub(crate) const NFT_DYNSET_OP_UPDATE: u32 = 1;
 
 pub(crate) const NFTA_NAT_TYPE: u16 = 1;
 pub(crate) const NFTA_NAT_FAMILY: u16 = 2;
 pub(crate) const NFTA_NAT_REG_ADDR_MIN: u16 = 3;
+pub(crate) const NFTA_NAT_REG_ADDR_MAX: u16 = 4;
 pub(crate) const NFTA_NAT_REG_PROTO_MIN: u16 = 5;
+pub(crate) const NFTA_NAT_REG_PROTO_MAX: u16 = 6;
+pub(crate) const NFTA_NAT_FLAGS: u16 = 7;
 pub(crate) const NFT_NAT_DNAT: u32 = 1;
 
 pub(crate) const NFTA_MASQ_FLAGS: u16 = 1;
@@ -167,6 +181,7 @@ pub(crate) const NFTA_BITWISE_DREG: u16 = 2;
 pub(crate) const NFTA_BITWISE_LEN: u16 = 3;
 pub(crate) const NFTA_BITWISE_MASK: u16 = 4;
 pub(crate) const NFTA_BITWISE_XOR: u16 = 5;
+pub(crate) const NFTA_BITWISE_OP: u16 = 6;
 
 pub(crate) const NFTA_FIB_DREG: u16 = 1;
 pub(crate) const NFTA_FIB_RESULT: u16 = 2;
