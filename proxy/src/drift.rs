@@ -164,6 +164,81 @@ pub(crate) async fn look<E: Eye>(mut eye: E, hearing: Hearing) {
     }
 }
 
+/// Looks at the proxy's iptables as soon as the kernel tells that another program wrote to their
+/// tables, and from time to time as well, and tells the loop.
+pub(crate) async fn look_when_told(
+    open: impl Fn() -> io::Result<Monitor>,
+    mut canary: Canary,
+    hearing: Hearing,
+) {
+    loop {
+        let error = match open() {
+            Ok(mut monitor) => match told(&mut monitor, &mut canary, &hearing).await {
+                Some(error) => error,
+                None => return,
+            },
+            Err(error) => error,
+        };
+        hearing.failures.inc();
+        tracing::warn!(
+            %error, again_in = ?hearing.period,
+            "the kernel doesn't tell of changes of iptables' rules; they are looked for until it does"
+        );
+        if !hearing.wait(hearing.period).await || !look_now(&mut canary, &hearing).await {
+            return;
+        }
+    }
+}
+
+/// Looks whenever it is told to, until the monitor fails; `None` if it is all over.
+async fn told(monitor: &mut Monitor, canary: &mut Canary, hearing: &Hearing) -> Option<io::Error> {
+    let own = canary.own_programs();
+    loop {
+        tokio::select! {
+            told = monitor.others(|pid| own.include(pid)) => {
+                if let Err(error) = told {
+                    return Some(error);
+                }
+            }
+            () = tokio::time::sleep(hearing.period) => {}
+            () = hearing.shutdown.cancelled() => return None,
+        }
+        // Each look takes its time, and others may write without pause.
+        let rest = canary.not_before().map(|at| at.saturating_duration_since(Instant::now()));
+        if !hearing.wait(rest.unwrap_or_default()).await || !look_now(canary, hearing).await {
+            return None;
+        }
+    }
+}
+
+/// One look; false if it is all over.
+async fn look_now(canary: &mut Canary, hearing: &Hearing) -> bool {
+    let mut looking = canary.clone();
+    let looked = tokio::task::spawn_blocking(move || {
+        let changed = looking.changed();
+        (looking, changed)
+    });
+    match looked.await {
+        Ok((back, changed)) => {
+            *canary = back;
+            match changed {
+                Ok(true) => return hearing.tell("canary").await,
+                Ok(false) => {}
+                Err(_) if hearing.shutdown.is_cancelled() => {}
+                Err(error) => {
+                    hearing.failures.inc();
+                    tracing::warn!(%error, "can't look whether others changed the rules; trying again");
+                }
+            }
+        }
+        Err(error) => {
+            hearing.failures.inc();
+            tracing::error!(%error, "a look whether others changed the rules failed; trying again");
+        }
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use std::{

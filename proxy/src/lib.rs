@@ -91,6 +91,7 @@ use crate::{
     drift::Hearing,
     health::{Health, Pages, Server, Slis},
     health_check::{HealthChecks, Listening},
+    iptables::canary::Canary,
     metrics::{Metrics, packets::Freshener},
     nftables::monitor::Monitor,
     proxier::{Proxier, Reports},
@@ -413,12 +414,18 @@ fn hear_others(
     hearing: Hearing,
 ) {
     for canary in chosen.canaries.drain(..) {
-        tasks.spawn(drift::look(canary, hearing.clone()));
+        if canary.is_told_by_kernel() {
+            let family = canary.family().protocol_family();
+            let open = move || Ok(Monitor::open(&[], vec![family])?.of_tables(Canary::TABLES));
+            tasks.spawn(drift::look_when_told(open, canary, hearing.clone()));
+        } else {
+            tasks.spawn(drift::look(canary, hearing.clone()));
+        }
     }
     if chosen.mode == Mode::Nftables {
         let families: Vec<u8> = families.iter().map(|f| f.protocol_family()).collect();
-        let ports = chosen.ports.clone();
-        let open = move || Monitor::open(&ports, families.clone());
+        let (ports, period) = (chosen.ports.clone(), hearing.period);
+        let open = move || Ok(Monitor::open(&ports, families.clone())?.patient(period));
         tasks.spawn(drift::monitor(open, hearing));
     }
 }

@@ -22,6 +22,7 @@ use crate::{
     nftables::{
         apply::Table,
         batch::Batch,
+        look,
         monitor::Writing,
         rules::Layout,
         socket::{NftError, NftSocket},
@@ -408,9 +409,13 @@ fn remove_table(family: Family) -> Result<(), ProxyError> {
 }
 
 fn remove_kube_proxy_table(family: Family) -> Result<(), ProxyError> {
+    let mut socket = NftSocket::open().map_err(kernel)?;
+    if !look::has_table(&mut socket, family, KUBE_PROXY_TABLE).map_err(kernel)? {
+        return Ok(());
+    }
     let mut batch = Batch::new(family);
     batch.delete_other_table(KUBE_PROXY_TABLE);
-    match NftSocket::open().and_then(|mut socket| socket.commit(&mut batch)) {
+    match socket.commit(&mut batch) {
         Err(error) if error.errno() == Some(libc::ENOENT) => Ok(()),
         Err(error) => Err(kernel(error)),
         Ok(()) => {
@@ -576,6 +581,22 @@ mod tests {
         let left = host.sh("iptables-save; ip -o link");
         assert!(!left.contains("KUBE-") && !left.contains("kube-ipvs0"), "{left}");
         assert!(left.contains("-A INPUT -j MINE"), "{left}");
+    }
+
+    #[test]
+    fn where_nothing_is_left_nothing_is_touched() {
+        let host = Namespace::new();
+        // Of another program that uses iptables.
+        host.sh("iptables-nft -t nat -A POSTROUTING -j RETURN; ip6tables-nft -A INPUT -j RETURN");
+        let generation = || host.run(|| NftSocket::open().unwrap().generation().unwrap());
+        let before = (generation(), host.sh("nft list ruleset"));
+        for mode in [Mode::Userspace, Mode::Iptables, Mode::Nftables] {
+            for family in [Family::V4, Family::V6] {
+                let stop = CancellationToken::new();
+                host.run(move || remove_others(mode, family, None, &stop).unwrap());
+            }
+            assert_eq!((generation(), host.sh("nft list ruleset")), before, "{mode:?}");
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::{
     counters::Counters,
     held::{Delta, Held, Jump, Next, Present},
     observe,
-    program::Programs,
+    program::{Programs, has_legacy_tables},
     restore::Script,
     rule::Rule,
     service::{Look, Rendered},
@@ -25,6 +25,7 @@ use crate::{
     backend::{Applied, Backend, BackendError, Forget, Goal, TableRules},
     config::DetectLocal,
     model::{Family, Protocol},
+    nftables::look,
     ruleset::{AddressSet, Unit, desired::Desired},
 };
 
@@ -65,11 +66,17 @@ impl Rules {
         })
     }
 
-    /// Has the kernel take every kind of rule, in a chain that nothing goes through.
+    /// Has the kernel take every kind of rule, in a chain that nothing goes through. Where it has
+    /// taken them before, nothing is written.
     ///
     /// # Errors
     /// When it lacks something, with the rule that needs it.
     pub(crate) fn probe(&mut self) -> Result<(), BackendError> {
+        let nat = self.programs.save(Table::Nat)?;
+        if let Some(masquerade) = masquerade(&nat) {
+            self.random_fully = masquerade.ends_with("--random-fully");
+            return Ok(());
+        }
         if let Err(error) = self.programs.restore(probe_input(self.settings.family, true)) {
             self.programs.restore(probe_input(self.settings.family, false))?;
             tracing::warn!(%error, "masqueraded connections won't get random ports");
@@ -367,11 +374,18 @@ impl Backend for Rules {
 }
 
 /// Removes the chains and rules of any proxy, ours and kube-proxy's, that either variant of
-/// iptables has; it is no error if there are none, or no iptables.
+/// iptables has; it is no error if there are none, or no iptables. Where there surely are none,
+/// nothing is run.
 ///
 /// # Errors
 /// When they can't be removed.
 pub(crate) fn cleanup(family: Family) -> Result<(), BackendError> {
+    // Chains of the old tables are seen only by asking iptables itself. Where the kernel doesn't
+    // say, that is asked too.
+    let nft = look::has_chain(family, |chain| chain.starts_with("KUBE-")).unwrap_or(true);
+    if !nft && !has_legacy_tables(family) {
+        return Ok(());
+    }
     let mut found = false;
     for variant in [Variant::Nft, Variant::Legacy] {
         match Programs::find(family, variant) {
@@ -463,6 +477,12 @@ fn check(settings: &Settings) -> Result<(), BackendError> {
         program: "iptables".to_owned(),
         message: format!("{name:?} is not the name of an interface"),
     })
+}
+
+/// The rule of an earlier start that hides addresses, in what `iptables-save` prints.
+fn masquerade(nat: &str) -> Option<&str> {
+    nat.lines()
+        .find(|line| line.starts_with("-A KUBE-POSTROUTING ") && line.contains("-j MASQUERADE"))
 }
 
 fn probe_input(family: Family, random_fully: bool) -> String {

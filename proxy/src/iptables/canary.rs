@@ -1,6 +1,7 @@
 //! Notices when another program flushes or edits the rules.
 //!
-//! The kernel doesn't tell, so it is asked now and then. A chain that nothing goes through is gone
+//! The kernel's old tables don't tell, so they are asked now and then; with iptables-nft the kernel
+//! tells that somebody wrote, and not what. A chain that nothing goes through is gone
 //! when somebody has flushed everything, which is quick to see. Edits are found by reading all
 //! rules, which takes longer the more there are, and is done the more seldom the longer it takes.
 
@@ -9,8 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{apply::read, base::CANARY, chain::Table, held::Held, program::Programs};
-use crate::backend::BackendError;
+use super::{
+    apply::read,
+    base::CANARY,
+    chain::Table,
+    held::Held,
+    program::{OwnPrograms, Programs},
+};
+use crate::{backend::BackendError, model::Family};
 
 /// Reading all rules may take this part of the time.
 const SHARE: u32 = 20;
@@ -24,6 +31,9 @@ pub(crate) struct Canary {
 }
 
 impl Canary {
+    /// The tables that the rules are in.
+    pub(crate) const TABLES: &'static [&'static str] = &["nat", "filter", "mangle"];
+
     pub(super) fn new(programs: Arc<Programs>, held: Arc<Mutex<Held>>) -> Self {
         Self { programs, held, compare_at: None }
     }
@@ -54,6 +64,26 @@ impl Canary {
         let changed = held.present.digest() != digest;
         self.compare_at = Some(begin + (begin.elapsed() * SHARE).max(Duration::from_millis(1)));
         Ok(changed)
+    }
+
+    /// Whether the kernel tells when somebody writes where these rules are.
+    pub(crate) fn is_told_by_kernel(&self) -> bool {
+        !self.programs.legacy
+    }
+
+    /// Which family's rules.
+    pub(crate) fn family(&self) -> Family {
+        self.programs.family
+    }
+
+    /// The programs that the proxy itself ran.
+    pub(crate) fn own_programs(&self) -> OwnPrograms {
+        self.programs.own.clone()
+    }
+
+    /// Until when nothing is looked at, since the last look took so long.
+    pub(crate) fn not_before(&self) -> Option<Instant> {
+        self.compare_at
     }
 
     /// Which state the rules are in; `None` before the first one.

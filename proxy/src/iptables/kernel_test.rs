@@ -18,6 +18,7 @@ use crate::{
         table::ServiceTable,
     },
     netns::Namespace,
+    nftables::socket::NftSocket,
     ruleset::{
         AddressSet, Unit,
         desired::{Desired, ServiceRules},
@@ -223,9 +224,14 @@ fn a_restart_writes_nothing_and_a_change_only_what_it_is() {
 
         let mut again = Proxy::start(&host, with.clone());
         (again.objects, again.desired) = (proxy.objects, proxy.desired);
+        // Not even for a moment: what is written by iptables-nft the kernel counts.
+        let generation = || host.run(|| NftSocket::open().unwrap().generation().unwrap());
+        let written = generation();
+        again.rules.probe().unwrap();
         let applied = again.synchronize();
         assert_eq!((applied.elements, applied.rebuilt), (0, None), "{what}");
         assert_eq!(saved(&host, family, variant), before);
+        assert_eq!(generation(), written, "{family:?} {variant:?}");
 
         // A fresh start comes to the same rules.
         let other = Namespace::new();

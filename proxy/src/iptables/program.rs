@@ -4,13 +4,14 @@
 //! it is in the namespace of whoever opened the backend.
 
 use std::{
+    collections::VecDeque,
     ffi::OsStr,
     fs, io,
     io::Write,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
-    sync::mpsc,
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread::JoinHandle,
 };
 
@@ -31,6 +32,26 @@ const RESOURCE_PROBLEM: i32 = 4;
 /// Where programs are that a service's search path may lack.
 const SYSTEM_PATH: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
+/// So many of the programs that were run last are known by their number.
+const OWN: usize = 32;
+
+/// The numbers of the programs that were run, by which the kernel names them to those who listen.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct OwnPrograms(Arc<Mutex<VecDeque<u32>>>);
+
+impl OwnPrograms {
+    fn started(&self, pid: u32) {
+        let mut own = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        own.push_front(pid);
+        own.truncate(OWN);
+    }
+
+    /// Whether a program is one of these.
+    pub(crate) fn include(&self, pid: u32) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&pid)
+    }
+}
+
 type Job = Box<dyn FnOnce() + Send>;
 
 /// The programs of one family and variant.
@@ -38,7 +59,8 @@ type Job = Box<dyn FnOnce() + Send>;
 pub(crate) struct Programs {
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    family: Family,
+    pub(super) family: Family,
+    pub(super) own: OwnPrograms,
     /// `iptables`, `ip6tables-legacy`, …
     name: String,
     save: PathBuf,
@@ -81,6 +103,7 @@ impl Programs {
             jobs: Some(jobs),
             thread: Some(thread),
             family,
+            own: OwnPrograms::default(),
             save: find(&format!("{name}-save"))?,
             restore: find(&format!("{name}-restore"))?,
             name,
@@ -184,15 +207,14 @@ impl Programs {
     }
 
     fn has_legacy_table(&self, table: Table) -> Result<bool, BackendError> {
-        let path = match self.family {
-            Family::V4 => "/proc/thread-self/net/ip_tables_names",
-            Family::V6 => "/proc/thread-self/net/ip6_tables_names",
-        };
-        match self.there(move || fs::read_to_string(path)).and_then(|names| names) {
+        let family = self.family;
+        let names = self.there(move || legacy_tables(family)).and_then(|names| names);
+        match names {
             Ok(names) => Ok(names.lines().any(|name| name == table.as_str())),
-            // The module that makes the file isn't loaded.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(source) => Err(BackendError::Io { doing: format!("read {path}"), source }),
+            Err(source) => {
+                let doing = format!("read {}", legacy_names(self.family));
+                Err(BackendError::Io { doing, source })
+            }
         }
     }
 
@@ -225,7 +247,8 @@ impl Programs {
         input: Option<String>,
     ) -> Result<Output, BackendError> {
         let path = program.to_owned();
-        self.there(move || run(&path, &arguments, input.as_deref()))
+        let own = self.own.clone();
+        self.there(move || run(&path, &arguments, input.as_deref(), &own))
             .and_then(|output| output)
             .map_err(|source| BackendError::Io {
                 doing: format!("run {}", program.display()),
@@ -250,7 +273,12 @@ impl Programs {
     }
 }
 
-fn run(program: &Path, arguments: &[String], input: Option<&str>) -> io::Result<Output> {
+fn run(
+    program: &Path,
+    arguments: &[String],
+    input: Option<&str>,
+    own: &OwnPrograms,
+) -> io::Result<Output> {
     let mut command = Command::new(program);
     command
         .args(arguments)
@@ -263,6 +291,7 @@ fn run(program: &Path, arguments: &[String], input: Option<&str>) -> io::Result<
     // SAFETY: prctl is a plain system call, allowed between fork and exec.
     unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
     let mut child = command.spawn()?;
+    own.started(child.id());
     let stdin = child.stdin.take();
     std::thread::scope(|scope| {
         if let (Some(mut stdin), Some(input)) = (stdin, input) {
@@ -271,6 +300,27 @@ fn run(program: &Path, arguments: &[String], input: Option<&str>) -> io::Result<
         }
         child.wait_with_output()
     })
+}
+
+/// Whether this thread's network namespace has any of the kernel's old tables, or may have.
+pub(super) fn has_legacy_tables(family: Family) -> bool {
+    legacy_tables(family).map_or(true, |names| !names.is_empty())
+}
+
+fn legacy_names(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    }
+}
+
+/// The names of the kernel's old tables that are there, each on a line.
+fn legacy_tables(family: Family) -> io::Result<String> {
+    match fs::read_to_string(legacy_names(family)) {
+        // The module that makes the file isn't loaded.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        names => names,
+    }
 }
 
 fn program_name(family: Family, variant: Variant) -> String {

@@ -1,14 +1,16 @@
 //! Other programs that edit the rules: each kind of edit is noticed, mended and counted.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::{
-    cluster::Api,
+    cluster::{Api, Running},
     features::{Own, Part, pod},
     fixture::{Addresses, Net, listed},
-    load_test::start,
+    load_test::{rules_of, start},
 };
-use crate::{Mode, model::Family, until::until};
+use crate::{Mode, ProxyConfig, model::Family, until::until};
 
 everywhere!(every_kind_of_edit_is_noticed_mended_and_counted);
 
@@ -31,20 +33,20 @@ pub(super) fn edits(mode: Mode, family: Family) -> Vec<String> {
             "add rule X nat-output accept",
             "insert rule X nat-prerouting accept",
             "add chain X intruder",
+            "add set X intruder { type inet_service; }",
         ]
         .map(|edit| edit.replace("ONE", one).replace("TEN", ten))
-        .map(|edit| edit.replace('X', &format!("{} keelson-proxy", if v4 { "ip" } else { "ip6" })))
-        .map(|edit| format!("nft '{edit}'"))
+        .map(|edit| nft(&edit, family))
         .into(),
         Mode::Iptables => [
             "RUN -t nat -F",
-            "RUN -t nat -F; RUN -t nat -X",
-            "RUN -t filter -F; RUN -t filter -X",
+            "printf '*nat\\nCOMMIT\\n' | RUN-restore",
+            "printf '*filter\\nCOMMIT\\n' | RUN-restore",
             "RUN -t nat -F KUBE-SERVICES",
             "RUN -t nat -D PREROUTING 1",
             "RUN -t nat -A KUBE-SERVICES -d TEN -j ACCEPT",
             "RUN -t nat -F KUBE-POSTROUTING",
-            "RUN -t mangle -F; RUN -t mangle -X KUBE-PROXY-CANARY",
+            "RUN -t mangle -X KUBE-PROXY-CANARY",
         ]
         .map(|edit| edit.replace("TEN", ten))
         .map(|edit| edit.replace("RUN", if v4 { "iptables" } else { "ip6tables" }))
@@ -52,6 +54,21 @@ pub(super) fn edits(mode: Mode, family: Family) -> Vec<String> {
         Mode::Userspace => {
             vec![format!("ip -{} route del local {one} dev lo", if v4 { 4 } else { 6 })]
         }
+    }
+}
+
+/// An edit of the proxy's table.
+fn nft(edit: &str, family: Family) -> String {
+    let table = if family == Family::V4 { "ip keelson-proxy" } else { "ip6 keelson-proxy" };
+    format!("nft '{}'", edit.replace('X', table))
+}
+
+/// What another program does to what rules and elements stand in.
+fn declarations(mode: Mode, family: Family) -> Vec<String> {
+    let edits = ["chain X filter-forward { policy drop; }", "add table X { flags dormant; }"];
+    match mode {
+        Mode::Nftables => edits.map(|edit| nft(edit, family)).into(),
+        Mode::Iptables | Mode::Userspace => Vec::new(),
     }
 }
 
@@ -69,13 +86,41 @@ fn every_kind_of_edit_is_noticed_mended_and_counted(mode: Mode, family: Family) 
         Mode::Userspace => "keelson_proxy_relay_lost_routes_total",
         _ => "keelson_proxy_drift_total",
     };
-    for edit in edits(mode, family) {
+    for edit in edits(mode, family).into_iter().chain(declarations(mode, family)) {
         let counted = running.count(counter);
         net.host.sh(&edit);
         until(&format!("{edit} is counted"), || running.count(counter) > counted);
         until(&format!("{edit} is mended"), || rules() == before);
     }
     running.stop();
+}
+
+#[test]
+fn an_edit_by_iptables_nft_is_not_waited_for() {
+    for family in [Family::V4, Family::V6] {
+        let net = Net::new();
+        let iptables = if family == Family::V4 { "iptables" } else { "ip6tables" };
+        let version = net.host.sh(&format!("{iptables} --version"));
+        assert!(version.contains("nf_tables"), "the kernel tells of nothing else: {version}");
+        let own = Own { addresses: Addresses(family), n: 1 };
+        let api = Api::new();
+        api.set(own.service(json!({"spec": {"type": "NodePort"}})));
+        api.set(own.slice(0, &Part(8080, vec![pod(1), pod(2)])));
+        let rarely = Duration::from_secs(3600);
+        let config = ProxyConfig { sync_period: rarely, ..rules_of(Mode::Iptables, family) };
+        let running = Running::start(&net.host, config, &api);
+        let jumps = || net.host.sh(&format!("{iptables}-save -t nat")).matches("-j KUBE-S").count();
+        until("the first sync", || jumps() > 0);
+        let before = jumps();
+        // Its own changes are none of others.
+        api.set(own.slice(0, &Part(8080, vec![pod(1), pod(2), pod(3)])));
+        until("a change", || jumps() > before);
+        let before = jumps();
+        net.host.sh(&format!("{iptables} -t nat -F KUBE-SERVICES"));
+        until("it is mended", || jumps() == before);
+        assert_eq!(running.count("keelson_proxy_drift_total"), 1);
+        running.stop();
+    }
 }
 
 /// Elements come in any order.

@@ -127,7 +127,7 @@ fn no_failures(what: &str, begin: Instant, failures: &[Failure]) {
     assert!(kinds.is_empty(), "{what}: {kinds:#?}");
 }
 
-fn rules_of(mode: Mode, family: Family) -> ProxyConfig {
+pub(super) fn rules_of(mode: Mode, family: Family) -> ProxyConfig {
     ProxyConfig { families: vec![family], sync_period: Duration::from_millis(200), ..config(mode) }
 }
 
@@ -156,9 +156,13 @@ fn edits(mode: Mode, family: Family) -> Vec<String> {
         }
         Mode::Iptables => {
             let program = if family == Family::V4 { "iptables" } else { "ip6tables" };
-            ["RUN -t nat -F", "RUN -t nat -F KUBE-SERVICES", "RUN -t nat -F; RUN -t nat -X"]
-                .map(|edit| edit.replace("RUN", program))
-                .into()
+            [
+                "RUN -t nat -F",
+                "RUN -t nat -F KUBE-SERVICES",
+                "printf '*nat\\nCOMMIT\\n' | RUN-restore",
+            ]
+            .map(|edit| edit.replace("RUN", program))
+            .into()
         }
         Mode::Userspace => Vec::new(),
     }
