@@ -17,7 +17,7 @@
 //! | [`health`], a task per port | listeners | pages |
 //! | [`health_check`], a task, and one per port | listeners | how many endpoints are here |
 //!
-//! [`start`] chooses the backend.
+//! [`start`] chooses the backend; [`leftovers`] removes what others left.
 //!
 //! The rules stay when the proxy stops, so that Services answer while it is restarted or upgraded;
 //! [`cleanup`] removes them. `README.md` in this crate draws the packet's path.
@@ -34,6 +34,7 @@ mod health_check;
 mod input_test;
 mod iptables;
 mod ipvs;
+mod leftovers;
 #[cfg(test)]
 mod loop_test;
 mod memory;
@@ -321,7 +322,7 @@ async fn remove_others(
         let Some(family) = family else { return };
         let (metrics, stop) = (metrics.clone(), shutdown.clone());
         let removed = tokio::task::spawn_blocking(move || {
-            start::remove_others(mode, family, Some(&metrics), &stop)
+            leftovers::remove_others(mode, family, Some(&metrics), &stop)
         });
         if removed.await.is_err() {
             tracing::error!("rules of other modes stay: their removal panicked");
@@ -346,7 +347,7 @@ pub fn initialize(config: &ProxyConfig) -> Result<(), ProxyError> {
 /// # Errors
 /// When the kernel refuses.
 pub fn cleanup() -> Result<(), ProxyError> {
-    start::remove_all()
+    leftovers::remove_all()
 }
 
 fn kernel(error: impl std::fmt::Display) -> ProxyError {
