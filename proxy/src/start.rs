@@ -357,7 +357,6 @@ fn kernel_is_too_old(release: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netns::Namespace;
 
     #[test]
     fn old_kernels_are_named() {
