@@ -1,10 +1,10 @@
 //! What every long-running command has in common: signals, readiness, the end.
 
 use std::{
-    future::Future,
+    future::{Future, pending},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, OnceLock},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -12,6 +12,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     signal::unix::{SignalKind, signal},
+    time::sleep_until,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -19,8 +20,8 @@ use crate::{connection, memory, notify};
 
 /// How long what does not heed the end may hold up the process at its very end.
 const REST: Duration = Duration::from_secs(5);
-/// After how long a process has done what only its start needs.
-const STARTED: Duration = Duration::from_secs(15);
+/// After how long a process has done what only its start needs: most, and those of large clusters.
+const STARTED: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(60)];
 /// How long parts may take to end after a signal.
 pub(crate) const SHUTDOWN: Duration = Duration::from_secs(20);
 
@@ -38,13 +39,22 @@ pub(crate) fn shutdown_on_signal() -> anyhow::Result<CancellationToken> {
     let cancel = token.clone();
     // It has to hear a second signal until the very end, so nothing waits for it.
     tokio::spawn(async move {
-        let started = tokio::time::sleep(STARTED);
-        tokio::pin!(started);
+        let begin = Instant::now();
+        let mut started = STARTED.into_iter().map(|after| begin + after).peekable();
         loop {
+            let next = async {
+                match started.peek() {
+                    Some(at) => sleep_until((*at).into()).await,
+                    None => pending().await,
+                }
+            };
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                () = &mut started, if !started.is_elapsed() => memory::give_back(),
+                () = next => {
+                    memory::give_back();
+                    started.next();
+                }
             }
         }
         tracing::info!("stopping; pods go on running");
