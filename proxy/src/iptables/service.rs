@@ -67,7 +67,9 @@ impl Rendered {
         }
         let health_check =
             plans.first().and_then(|plan| plan.service.outside().health_check_node_port);
-        if let Some(port) = health_check {
+        // One that another Service has taken everything from has nothing to be asked about; and no
+        // change of it would be heard of.
+        if let Some(port) = health_check.filter(|_| !rendered.frontends.is_empty()) {
             let rule = Rule::new()
                 .words("-p tcp")
                 .comment(format_args!("{key} health check node port"))
