@@ -21,7 +21,8 @@ use crate::{connection, memory, notify};
 /// How long what does not heed the end may hold up the process at its very end.
 const REST: Duration = Duration::from_secs(5);
 /// After how long a process has done what only its start needs: most, and those of large clusters.
-const STARTED: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(60)];
+const STARTED: [Duration; 3] =
+    [Duration::from_secs(5), Duration::from_secs(15), Duration::from_secs(60)];
 /// How long parts may take to end after a signal.
 pub(crate) const SHUTDOWN: Duration = Duration::from_secs(20);
 
