@@ -91,9 +91,13 @@ async fn a_worker_that_panics_is_replaced_and_holds_up_no_other_pod() {
     runtime.panic_at_start("a");
     let begun = tokio::time::Instant::now();
     dispatching.set(vec![named("a")]).await;
-    while runtime.panics_at_start("a") {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let panicked = async {
+        while runtime.panics_at_start("a") {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let panicked = tokio::time::timeout(Duration::from_secs(30), panicked).await;
+    assert!(panicked.is_ok(), "a was never started");
     dispatching.set(vec![named("a"), named("b")]).await;
     dispatching.until("b", "Running").await;
     assert!(begun.elapsed() < LONG, "b waited {:?}", begun.elapsed());

@@ -284,9 +284,8 @@ mod tests {
     use crate::{
         model::{Protocol, table::ServiceTable},
         ruleset::{Frontend, Lane, desired::Desired},
+        until::{PATIENCE, until},
     };
-
-    const PATIENCE: Duration = Duration::from_secs(10);
 
     #[derive(Debug, PartialEq)]
     enum Did {
@@ -339,14 +338,6 @@ mod tests {
 
     fn everything(families: &[Family]) -> Expected {
         Expected::of(&Desired::default(), &ServiceTable::default(), families, false)
-    }
-
-    fn until(what: &str, mut holds: impl FnMut() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !holds() {
-            assert!(Instant::now() < deadline, "{what}");
-            std::thread::sleep(Duration::from_millis(2));
-        }
     }
 
     #[test]

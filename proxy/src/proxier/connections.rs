@@ -82,6 +82,7 @@ mod tests {
         model::Protocol,
         netns::Namespace,
         ruleset::{Frontend, Lane},
+        until::until,
     };
 
     #[test]
@@ -105,10 +106,8 @@ mod tests {
         connections.make_up(&wanted, at);
         assert_eq!(connections.wakes_at(), None);
         let compared = "conntrack_reconciler_sync_duration_seconds_count{ip_family=\"IPv4\"} 1";
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !keelson_api::metrics::encode(&registry).unwrap().contains(compared) {
-            assert!(Instant::now() < deadline, "the table is not compared");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        until("the table is compared", || {
+            keelson_api::metrics::encode(&registry).unwrap().contains(compared)
+        });
     }
 }
