@@ -1,4 +1,4 @@
-//! `keelson up`, with kubectl.
+//! `keelson up`, or the control plane alone, with kubectl.
 
 use std::{
     fs::{self, File},
@@ -15,12 +15,13 @@ use crate::{Leftovers, Machine, machine::stdout_of, wait_for};
 /// How long anything may take on a busy machine before the test gives up.
 pub const DEADLINE: Duration = Duration::from_secs(90);
 
-/// A running cluster of one node.
+/// A running cluster of one node, or of none.
 #[derive(Debug)]
 pub struct Cluster {
     /// The machine it runs on.
     pub machine: Machine,
     before: Leftovers,
+    command: &'static str,
     arguments: Vec<String>,
     child: Option<Child>,
 }
@@ -37,12 +38,21 @@ impl Cluster {
         cluster
     }
 
-    /// A machine on which nothing runs yet.
+    /// A machine on which nothing runs yet, for `keelson up`.
     pub fn prepare(arguments: &[&str]) -> Self {
+        Self::prepare_command("up", arguments)
+    }
+
+    /// A machine on which nothing runs yet, for the control plane alone: no node ever joins.
+    pub fn prepare_control_plane() -> Self {
+        Self::prepare_command("control-plane", &[])
+    }
+
+    fn prepare_command(command: &'static str, arguments: &[&str]) -> Self {
         let machine = Machine::new();
         let before = Leftovers::now(&machine.netns(), machine.dir(), "");
         let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
-        Self { machine, before, arguments, child: None }
+        Self { machine, before, command, arguments, child: None }
     }
 
     /// Starts the process, without waiting for anything.
@@ -52,7 +62,7 @@ impl Cluster {
     pub fn start_process(&mut self) {
         let log =
             File::options().create(true).append(true).open(self.log_path()).expect("the log file");
-        let mut command = self.machine.keelson(&["up"]);
+        let mut command = self.machine.keelson(&[self.command]);
         command
             .args(&self.arguments)
             .stdin(Stdio::null())
@@ -88,7 +98,7 @@ impl Cluster {
         });
     }
 
-    /// The process id of `keelson up`.
+    /// The id of the process.
     ///
     /// # Panics
     /// When it doesn't run.
@@ -116,7 +126,8 @@ impl Cluster {
         // SAFETY: a signal to a process that we started and have not waited for.
         unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
         let status = child.wait().expect("wait");
-        assert!(status.success(), "keelson up: {status}\n{}", tail(&self.log_path()));
+        let (command, log) = (self.command, tail(&self.log_path()));
+        assert!(status.success(), "keelson {command}: {status}\n{log}");
     }
 
     /// Waits for the end of a process that ends by itself.
@@ -279,7 +290,9 @@ impl Cluster {
     /// # Panics
     /// When `down` fails.
     pub fn down(&mut self) -> Vec<String> {
-        let record = fs::read(self.machine.data_dir().join("run/agent.json")).expect("a record");
+        let part = if self.command == "up" { "agent" } else { self.command };
+        let path = self.machine.data_dir().join(format!("run/{part}.json"));
+        let record = fs::read(path).expect("a record");
         let record: Value = serde_json::from_slice(&record).expect("a record in JSON");
         let cgroup = record["cgroup_root"].as_str().expect("the cgroup's name").to_owned();
         let output = self.machine.keelson(&["down"]).output().expect("the binary");

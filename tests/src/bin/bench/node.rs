@@ -17,14 +17,14 @@ use crate::{api, inside::inside_async, startup};
 /// What a signal must clean up: data folders and network namespaces of running clusters.
 static TO_CLEAN: Mutex<Vec<(PathBuf, [String; 2])>> = Mutex::new(Vec::new());
 
-/// A cluster whose node is ready.
+/// A cluster whose node, if it has one, is ready.
 #[derive(Debug)]
 pub(crate) struct Running {
     /// It.
     pub(crate) cluster: Cluster,
     /// When its API first answered.
     pub(crate) answered: Instant,
-    /// When its node was first seen ready.
+    /// When it was first seen ready.
     pub(crate) ready: Instant,
 }
 
@@ -34,31 +34,31 @@ impl Running {
     /// # Errors
     /// When it does not get ready; the message has the end of its log.
     pub(crate) fn start() -> anyhow::Result<Self> {
-        let mut cluster = Cluster::prepare(&[]);
-        let machine = &cluster.machine;
-        TO_CLEAN
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push((machine.dir().to_owned(), [machine.netns(), machine.neighbour_netns()]));
-        cluster.start_process();
-        let (data_dir, pid) = (cluster.machine.data_dir(), cluster.pid());
-        let moments = inside_async(&cluster.machine.netns(), || async move {
-            let (client, answered) = api::answering(&data_dir, pid).await?;
-            let nodes: Api<Node> = Api::all(client.clone());
-            let ready = api::until(&nodes, "the node to be Ready", startup::is_ready).await?;
-            // Pods are refused before their namespace's service account is there.
-            let accounts: Api<ServiceAccount> = Api::namespaced(client, "default");
-            let is_default =
-                |account: &ServiceAccount| account.metadata.name.as_deref() == Some("default");
-            api::until(&accounts, "the default service account", is_default).await?;
-            Ok((answered, ready))
-        });
-        let (answered, ready) = moments.with_context(|| {
-            let log = std::fs::read_to_string(cluster.log_path()).unwrap_or_default();
-            let lines: Vec<&str> = log.lines().collect();
-            format!("keelson up:\n{}", lines[lines.len().saturating_sub(30)..].join("\n"))
-        })?;
+        let (cluster, (answered, ready)) =
+            started(Cluster::prepare(&[]), |data_dir, pid| async move {
+                let (client, answered) = api::answering(&data_dir, pid).await?;
+                let nodes: Api<Node> = Api::all(client.clone());
+                let ready = api::until(&nodes, "the node to be Ready", startup::is_ready).await?;
+                // Pods are refused before their namespace's service account is there.
+                let accounts: Api<ServiceAccount> = Api::namespaced(client, "default");
+                let is_default =
+                    |account: &ServiceAccount| account.metadata.name.as_deref() == Some("default");
+                api::until(&accounts, "the default service account", is_default).await?;
+                Ok((answered, ready))
+            })?;
         Ok(Self { cluster, answered, ready })
+    }
+
+    /// Starts a control plane alone on a machine of its own and waits until its API answers.
+    ///
+    /// # Errors
+    /// When it does not; the message has the end of its log.
+    pub(crate) fn start_control_plane() -> anyhow::Result<Self> {
+        let cluster = Cluster::prepare_control_plane();
+        let (cluster, answered) = started(cluster, |data_dir, pid| async move {
+            Ok(api::answering(&data_dir, pid).await?.1)
+        })?;
+        Ok(Self { cluster, answered, ready: answered })
     }
 
     /// The folder of its data.
@@ -72,6 +72,32 @@ impl Running {
             eprintln!("left behind by `keelson down`: {left}");
         }
     }
+}
+
+/// Starts a cluster, to be cleaned up by a signal too, and waits for something of it, given its data
+/// folder and process.
+fn started<T, F>(
+    mut cluster: Cluster,
+    wait: impl FnOnce(PathBuf, i32) -> F + Send,
+) -> anyhow::Result<(Cluster, T)>
+where
+    T: Send,
+    F: Future<Output = anyhow::Result<T>>,
+{
+    let machine = &cluster.machine;
+    TO_CLEAN
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push((machine.dir().to_owned(), [machine.netns(), machine.neighbour_netns()]));
+    cluster.start_process();
+    let (data_dir, pid) = (cluster.machine.data_dir(), cluster.pid());
+    let waited = inside_async(&cluster.machine.netns(), || wait(data_dir, pid));
+    let waited = waited.with_context(|| {
+        let log = std::fs::read_to_string(cluster.log_path()).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        format!("the log of keelson:\n{}", lines[lines.len().saturating_sub(30)..].join("\n"))
+    })?;
+    Ok((cluster, waited))
 }
 
 /// Cleans up after a signal: what dropping the clusters would have done.

@@ -3,7 +3,9 @@
 //!
 //! Both run on the neighbour, against the API server of the machine, and are asked nothing but what
 //! a packet sees; where a figure is the proxy's own, its name says so. Endpoints are addresses of
-//! the neighbour itself.
+//! the neighbour itself. The machine has a control plane and no proxy of its own: that one would
+//! listen for changes of its rules, and the kernel, which doesn't ask in what namespace somebody
+//! listens, would write a message for each element that the measured one makes.
 
 mod change;
 mod contestant;
@@ -18,7 +20,7 @@ use std::{
 
 use anyhow::Context;
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
-use keelson_tests::Machine;
+use keelson_tests::{Machine, NODE_ADDRESS};
 use kube::{
     Api,
     api::{DeleteParams, ListParams},
@@ -147,7 +149,7 @@ struct Measured {
 
 /// Measures each size, and a kube-proxy too if one is named.
 pub(crate) fn measure(sizes: &[Size], kube_proxy: Option<PathBuf>) -> anyhow::Result<Vec<Section>> {
-    let running = Running::start()?;
+    let running = Running::start_control_plane()?;
     let machine = &running.cluster.machine;
     let listener = Listener::start(&machine.neighbour_netns())?;
     // Without the proxy's rules a Service's address leads nowhere, not back to the machine.
@@ -225,16 +227,9 @@ where
 fn kubeconfig_for_neighbour(running: &Running) -> anyhow::Result<String> {
     let text = running.cluster.kubectl(&["config", "view", "--raw", "-o", "json"]);
     let mut config: Value = serde_json::from_str(&text)?;
-    let nodes = running.cluster.get(&["nodes"]);
-    let addresses = nodes["items"][0]["status"]["addresses"].as_array().cloned();
-    let address = addresses
-        .into_iter()
-        .flatten()
-        .find(|address| address["type"] == "InternalIP")
-        .context("the node has no address")?;
     let server = &mut config["clusters"][0]["cluster"]["server"];
     let port = server.as_str().and_then(|s| s.rsplit_once(':')).context("no port")?.1.to_owned();
-    *server = format!("https://{}:{port}", address["address"].as_str().unwrap_or_default()).into();
+    *server = format!("https://{NODE_ADDRESS}:{port}").into();
     Ok(config.to_string())
 }
 
