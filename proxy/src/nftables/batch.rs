@@ -435,6 +435,8 @@ pub(crate) enum Data {
     Value(Bytes),
     /// A verdict.
     Verdict(Verdict),
+    /// A verdict that the proxy never writes.
+    Foreign,
     /// Nothing: the first key that an interval doesn't reach any more.
     IntervalEnd,
 }
@@ -454,7 +456,7 @@ impl Element {
         w.nest(NFTA_SET_ELEM_KEY, |w| w.bytes_attribute(NFTA_DATA_VALUE, self.key.as_slice()));
         if with_data {
             match &self.data {
-                Data::None => {}
+                Data::None | Data::Foreign => {}
                 Data::IntervalEnd => {
                     w.u32_attribute(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
                 }
@@ -476,21 +478,12 @@ impl Element {
             None => Data::None,
             Some(data) => match (data.find(NFTA_DATA_VALUE), data.find(NFTA_DATA_VERDICT)) {
                 (Some(value), _) => Data::Value(Bytes::from_slice(value)),
-                (None, Some(verdict)) => Data::Verdict(parse_verdict(Attributes(verdict))?),
+                (None, Some(verdict)) => {
+                    Verdict::read(Attributes(verdict)).map_or(Data::Foreign, Data::Verdict)
+                }
                 (None, None) => Data::None,
             },
         };
         Some(Self { key: Bytes::from_slice(key), data })
-    }
-}
-
-/// A verdict as the kernel lists it, if it is one that the proxy may write.
-pub(super) fn parse_verdict(attributes: Attributes<'_>) -> Option<Verdict> {
-    let chain = || attributes.find_text(NFTA_VERDICT_CHAIN).map(str::to_owned);
-    match attributes.find_u32(NFTA_VERDICT_CODE)? as i32 {
-        NF_DROP => Some(Verdict::Drop),
-        NFT_JUMP => Some(Verdict::Jump(chain()?)),
-        NFT_GOTO => Some(Verdict::Goto(chain()?)),
-        _ => None,
     }
 }

@@ -6,7 +6,8 @@
 
 use super::{
     attribute::{Attributes, Writer},
-    batch::{Chain, Hook, MapData, Rule, Set, SetKind, TABLE, comment_of, parse_verdict},
+    batch::{Chain, Hook, MapData, Rule, Set, SetKind, TABLE, comment_of},
+    expression::Verdict,
     uapi::*,
 };
 
@@ -260,7 +261,7 @@ fn same_data(ours: &[u8], found: &[u8]) -> bool {
     match (ours.find(NFTA_DATA_VALUE), found.find(NFTA_DATA_VALUE)) {
         (Some(ours), Some(found)) => ours == found,
         (None, None) => {
-            let verdict = |data| parse_verdict(nested(data, NFTA_DATA_VERDICT));
+            let verdict = |data| Verdict::read(nested(data, NFTA_DATA_VERDICT));
             verdict(ours).is_some() && verdict(ours) == verdict(found)
         }
         _ => false,

@@ -141,6 +141,36 @@ fn every_edit_is_found_and_mended() {
     }
 }
 
+/// In a map of verdicts, whatever they are, and whether a Service has the key.
+#[test]
+fn verdicts_that_the_proxy_never_writes_are_mended() {
+    let host = Namespace::new();
+    let world = everything();
+    let layout = layouts(Family::V4).swap_remove(0);
+    let mut table = open(&host, &layout);
+    table.synchronize(&world.desired).unwrap();
+    let listing = || normalized(&host.sh("nft list table ip keelson-proxy"));
+    let before = listing();
+    for (map, key) in [
+        ("services", "10.96.0.1 . tcp . 80"),
+        ("services", "10.0.0.1 . tcp . 80"),
+        ("nodeports", "tcp . 30085"),
+        ("firewall", "198.51.100.1 . tcp . 80"),
+        ("no-endpoints", "10.96.0.4 . tcp . 80"),
+        ("sticky", "10.96.0.2 . tcp . 80"),
+    ] {
+        let map = format!("ip keelson-proxy {map}");
+        for verdict in ["accept", "return", "continue", "jump reject-at-once", "drop"] {
+            host.try_sh(&format!("nft 'delete element {map} {{ {key} }}'"));
+            host.sh(&format!("nft 'add element {map} {{ {key} : {verdict} }}'"));
+            let mended = table.synchronize(&world.desired).unwrap();
+            assert!(mended.elements > 0 && mended.rebuilt.is_none(), "{map} {key} : {verdict}");
+            assert!(mended.refused.is_empty(), "{map} {key} : {verdict}: {mended:?}");
+            assert_eq!(listing(), before, "{map} {key} : {verdict}");
+        }
+    }
+}
+
 #[test]
 fn remembered_choices_of_others_are_forgotten() {
     let host = Namespace::new();

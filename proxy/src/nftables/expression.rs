@@ -5,7 +5,10 @@
 
 use std::borrow::Cow;
 
-use super::{attribute::Writer, uapi::*};
+use super::{
+    attribute::{Attributes, Writer},
+    uapi::*,
+};
 
 /// One 4-byte register (`NFT_REG32_00` is 8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,8 +38,6 @@ impl Register {
 pub(crate) enum Verdict {
     /// Away with it.
     Drop,
-    /// On in this chain, and back after it.
-    Jump(String),
     /// On in this chain for good.
     Goto(String),
 }
@@ -46,15 +47,20 @@ impl Verdict {
     pub(crate) fn write(&self, writer: &mut Writer) {
         writer.nest(NFTA_DATA_VERDICT, |w| match self {
             Self::Drop => w.u32_attribute(NFTA_VERDICT_CODE, NF_DROP as u32),
-            Self::Jump(chain) => {
-                w.u32_attribute(NFTA_VERDICT_CODE, NFT_JUMP as u32);
-                w.text_attribute(NFTA_VERDICT_CHAIN, chain);
-            }
             Self::Goto(chain) => {
                 w.u32_attribute(NFTA_VERDICT_CODE, NFT_GOTO as u32);
                 w.text_attribute(NFTA_VERDICT_CHAIN, chain);
             }
         });
+    }
+
+    /// A verdict as the kernel lists it, if it is one that the proxy may write.
+    pub(crate) fn read(attributes: Attributes<'_>) -> Option<Self> {
+        match attributes.find_u32(NFTA_VERDICT_CODE)? as i32 {
+            NF_DROP => Some(Self::Drop),
+            NFT_GOTO => Some(Self::Goto(attributes.find_text(NFTA_VERDICT_CHAIN)?.to_owned())),
+            _ => None,
+        }
     }
 }
 

@@ -54,7 +54,6 @@ impl Chosen {
         match verdict {
             Verdict::Drop => Self::Drop,
             Verdict::Goto(chain) => PickChain::parse(chain).map_or(Self::Foreign, Self::Pick),
-            Verdict::Jump(_) => Self::Foreign,
         }
     }
 }

@@ -106,11 +106,17 @@ impl Reading {
                 self.endpoints.push((frontend, index, endpoint));
                 return Some(());
             }
-            let Data::Verdict(verdict) = &element.data else { return None };
             if maps.verdicts == set {
-                let chosen = Chosen::read(verdict);
+                let chosen = match &element.data {
+                    Data::Verdict(verdict) => Chosen::read(verdict),
+                    Data::Foreign => Chosen::Foreign,
+                    _ => return None,
+                };
                 self.held.frontends.entry(frontend).or_default().chosen = Some(chosen);
-            } else if maps.sticky == set || maps.firewall == Some(set) {
+                return Some(());
+            }
+            let Data::Verdict(verdict) = &element.data else { return None };
+            if maps.sticky == set || maps.firewall == Some(set) {
                 let Verdict::Goto(chain) = verdict else { return None };
                 match DynamicChain::parse(chain)? {
                     DynamicChain::Remember(seconds) if maps.sticky == set => {

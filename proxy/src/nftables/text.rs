@@ -166,7 +166,6 @@ fn ranges_text(list: &Sources) -> Vec<String> {
 fn verdict_text(verdict: &Verdict) -> String {
     match verdict {
         Verdict::Drop => "drop".into(),
-        Verdict::Jump(chain) => format!("jump {chain}"),
         Verdict::Goto(chain) => format!("goto {chain}"),
     }
 }

@@ -101,7 +101,6 @@ pub(crate) const NFTA_GEN_PROC_PID: u16 = 2;
 pub(crate) const NFTA_GEN_PROC_NAME: u16 = 3;
 
 pub(crate) const NF_DROP: i32 = 0;
-pub(crate) const NFT_JUMP: i32 = -3;
 pub(crate) const NFT_GOTO: i32 = -4;
 
 pub(crate) const NFTA_PAYLOAD_DREG: u16 = 1;
