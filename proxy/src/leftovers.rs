@@ -8,11 +8,11 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     ProxyError,
     config::{Mode, ProxyConfig},
-    iptables, ipvs, kernel,
+    iptables, ipvs,
     metrics::Metrics,
     model::Family,
     nftables::{apply::Table, batch::Batch, look, socket::NftSocket},
-    start::{kernel_has_ipv6, layout, relays},
+    start::{kernel_has_ipv6, layout},
     userspace,
 };
 
@@ -51,9 +51,9 @@ pub(crate) fn remove_others(
     }
     if mode != Mode::Userspace
         && !stop.is_cancelled()
-        && let Err(error) = userspace::remove_leftovers(family).map_err(relays)
+        && let Err(error) = userspace::remove_leftovers(family)
     {
-        failed(error);
+        failed(ProxyError::Relays(error.to_string()));
     }
     if mode != Mode::Iptables
         && !stop.is_cancelled()
@@ -85,20 +85,20 @@ pub(crate) fn remove_all() -> Result<(), ProxyError> {
 
 fn remove_table(family: Family) -> Result<(), ProxyError> {
     let config = ProxyConfig::new("");
-    let mut table = Table::open(layout(&config, family)).map_err(kernel)?;
-    table.remove().map_err(kernel)
+    let mut table = Table::open(layout(&config, family)).map_err(ProxyError::kernel)?;
+    table.remove().map_err(ProxyError::kernel)
 }
 
 fn remove_kube_proxy_table(family: Family) -> Result<(), ProxyError> {
-    let mut socket = NftSocket::open().map_err(kernel)?;
-    if !look::has_table(&mut socket, family, KUBE_PROXY_TABLE).map_err(kernel)? {
+    let mut socket = NftSocket::open().map_err(ProxyError::kernel)?;
+    if !look::has_table(&mut socket, family, KUBE_PROXY_TABLE).map_err(ProxyError::kernel)? {
         return Ok(());
     }
     let mut batch = Batch::new(family);
     batch.delete_other_table(KUBE_PROXY_TABLE);
     match socket.commit(&mut batch) {
         Err(error) if error.errno() == Some(libc::ENOENT) => Ok(()),
-        Err(error) => Err(kernel(error)),
+        Err(error) => Err(ProxyError::kernel(error)),
         Ok(()) => {
             tracing::info!(family = family.as_str(), "kube-proxy's own table is removed");
             Ok(())

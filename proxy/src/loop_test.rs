@@ -71,7 +71,7 @@ fn start_in(host: &Namespace, mode: Mode) -> Running {
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let mut tasks = JoinSet::new();
-                crate::hear_others(&mut tasks, &mut chosen, &[Family::V4], hearing);
+                crate::run::hear_others(&mut tasks, &mut chosen, &[Family::V4], hearing);
                 proxier.run(changes).await;
                 tasks.shutdown().await;
             });

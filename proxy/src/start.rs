@@ -5,7 +5,10 @@
 //! whose Services don't answer. What is only in the way for a moment (somebody holds iptables' lock,
 //! the kernel has no room) is no reason for that: it is waited for.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use keelson_api::backoff::Backoff;
 use tokio_util::sync::CancellationToken;
@@ -15,7 +18,6 @@ use crate::{
     backend::{Backend, BackendError},
     config::{Mode, ProxyConfig},
     iptables::{self, Rules, Variant, canary::Canary, counters::Counters},
-    kernel,
     model::Family,
     nftables::{apply::Table, monitor::Writing, rules::Layout, socket::NftError},
     userspace::{self, Limits, RelayMetrics, Relays, Settings, UdpTimes},
@@ -43,7 +45,7 @@ enum Unusable {
 impl Unusable {
     fn of_nftables(error: NftError) -> Self {
         let busy = error.is_busy();
-        Self::new(busy, kernel(error))
+        Self::new(busy, ProxyError::kernel(error))
     }
 
     fn of(error: &BackendError, named: impl FnOnce(String) -> ProxyError) -> Self {
@@ -111,29 +113,55 @@ pub(crate) async fn choose_patiently(
     config: &ProxyConfig,
     shutdown: &CancellationToken,
 ) -> Result<Option<Chosen>, ProxyError> {
-    let again = |wait: Duration| async move {
-        tokio::select! {
-            () = tokio::time::sleep(wait) => true,
-            () = shutdown.cancelled() => false,
-        }
+    let config = Arc::new(config.clone());
+    let open_asked = {
+        let config = Arc::clone(&config);
+        move || open(config.mode, &config)
     };
-    match wait_while_busy(|| open(config.mode, config), PATIENCE, again).await {
-        Some(opened) => settle_on(config, opened).map(Some),
-        None => Ok(None),
+    let choosing = async {
+        let asked = wait_while_busy(open_asked, PATIENCE, tokio::time::sleep).await?;
+        blocking(move || settle_on(&config, asked)).await?
+    };
+    unless_stopped(choosing, shutdown).await
+}
+
+/// What comes of it, or `None` if `shutdown` comes first.
+async fn unless_stopped<T, E>(
+    work: impl Future<Output = Result<T, E>>,
+    shutdown: &CancellationToken,
+) -> Result<Option<T>, E> {
+    tokio::select! {
+        done = work => done.map(Some),
+        () = shutdown.cancelled() => Ok(None),
     }
 }
 
-/// Tries until nothing is in the way any more, or for so long: what the last try came to. `None` if
-/// `again`, which waits, says that it is all over.
-async fn wait_while_busy<W: Future<Output = bool>>(
-    mut open: impl FnMut() -> Result<Chosen, Unusable>,
+/// Does what runs programs or otherwise takes its time where it keeps no task waiting.
+///
+/// # Errors
+/// When it panics.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ProxyError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| {
+        tracing::error!(%error, "a part of the start failed");
+        ProxyError::Ended
+    })
+}
+
+/// Tries until nothing is in the way any more, or for so long: what the last try came to.
+///
+/// # Errors
+/// When a try panics.
+async fn wait_while_busy<W: Future<Output = ()>>(
+    open: impl Fn() -> Result<Chosen, Unusable> + Clone + Send + 'static,
     patience: Duration,
-    again: impl Fn(Duration) -> W,
-) -> Option<Result<Chosen, Unusable>> {
+    wait: impl Fn(Duration) -> W,
+) -> Result<Result<Chosen, Unusable>, ProxyError> {
     let (begin, mut backoff) = (Instant::now(), Backoff::new(RETRY.0, RETRY.1));
     let mut tries = 0;
     loop {
-        let opened = open();
+        let opened = blocking(open.clone()).await?;
         let busy = match &opened {
             Ok(chosen) => chosen.unserved.iter().map(|(_, why)| why).find(|why| why.is_busy()),
             Err(why) => Some(why).filter(|why| why.is_busy()),
@@ -142,13 +170,12 @@ async fn wait_while_busy<W: Future<Output = bool>>(
         tries += 1;
         // A try may itself wait for long, and one is not enough.
         let over = begin.elapsed() >= patience && tries > 1;
-        let Some(why) = busy.filter(|_| !over) else { return Some(opened) };
-        let wait = backoff.next_wait();
-        tracing::warn!(why, again_in = ?wait, "something is in the way of the proxy; trying again");
-        drop(opened);
-        if !again(wait).await {
-            return None;
-        }
+        let Some(why) = busy.filter(|_| !over) else { return Ok(opened) };
+        let pause = backoff.next_wait();
+        tracing::warn!(why, again_in = ?pause, "something is in the way of the proxy; trying again");
+        // What was opened is closed, which takes its time too.
+        blocking(move || drop(opened)).await?;
+        wait(pause).await;
     }
 }
 
@@ -298,10 +325,6 @@ fn given(configured: Option<Duration>, usual: Duration) -> Duration {
     configured.filter(|time| !time.is_zero()).unwrap_or(usual)
 }
 
-pub(crate) fn relays(error: impl std::fmt::Display) -> ProxyError {
-    ProxyError::Relays(error.to_string())
-}
-
 /// What of the configuration is in the rules of the nftables mode.
 pub(crate) fn layout(config: &ProxyConfig, family: Family) -> Layout {
     Layout {
@@ -356,6 +379,12 @@ fn kernel_is_too_old(release: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    };
+
     use super::*;
 
     #[test]
@@ -404,17 +433,38 @@ mod tests {
     /// How often was tried, with what the tries come to; the last of them is repeated.
     async fn tries(patience: Duration, mut results: Vec<Result<Chosen, Unusable>>) -> usize {
         results.reverse();
-        let mut tries = 0;
-        let open = || {
-            tries += 1;
+        let (results, tries) = (Arc::new(Mutex::new(results)), Arc::new(AtomicUsize::new(0)));
+        let counted = Arc::clone(&tries);
+        let open = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+            let mut results = results.lock().unwrap();
             if results.len() > 1 { results.pop().unwrap() } else { Err(busy()) }
         };
-        let over = wait_while_busy(open, patience, |wait| async move {
-            assert!(wait <= RETRY.1.mul_f64(1.5));
-            true
-        });
-        assert!(over.await.is_some());
-        tries
+        let wait = |pause| async move { assert!(pause <= RETRY.1.mul_f64(1.5)) };
+        assert!(wait_while_busy(open, patience, wait).await.is_ok());
+        tries.load(Ordering::Relaxed)
+    }
+
+    /// A program that holds up whoever runs it holds up nobody else, on the one thread that there
+    /// is, and no stop.
+    #[tokio::test]
+    async fn a_try_that_hangs_can_be_given_up() {
+        let (release, hangs) = mpsc::channel::<()>();
+        let hangs = Arc::new(Mutex::new(hangs));
+        let open = move || {
+            // Until the other end is gone.
+            let _ = hangs.lock().unwrap().recv();
+            Ok(chosen(Vec::new()))
+        };
+        let shutdown = CancellationToken::new();
+        let trying = wait_while_busy(open, PATIENCE, tokio::time::sleep);
+        let stop = async {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            shutdown.cancel();
+        };
+        let (given_up, ()) = tokio::join!(unless_stopped(trying, &shutdown), stop);
+        assert!(given_up.unwrap().is_none());
+        drop(release);
     }
 
     #[tokio::test]
