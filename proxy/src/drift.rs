@@ -135,33 +135,7 @@ async fn listen(ear: &mut impl Ear, hearing: &Hearing) -> Option<io::Error> {
 
 /// Looks from time to time whether others changed the proxy's rules, and tells the loop.
 pub(crate) async fn look<E: Eye>(mut eye: E, hearing: Hearing) {
-    while hearing.wait(hearing.period).await {
-        let mut looking = eye.clone();
-        // It runs programs and waits for them.
-        let looked = tokio::task::spawn_blocking(move || {
-            let changed = looking.changed();
-            (looking, changed)
-        });
-        match looked.await {
-            Ok((back, Ok(changed))) => {
-                eye = back;
-                if changed && !hearing.tell("canary").await {
-                    return;
-                }
-            }
-            Ok((back, Err(error))) => {
-                eye = back;
-                if !hearing.shutdown.is_cancelled() {
-                    hearing.failures.inc();
-                    tracing::warn!(%error, "can't look whether others changed the rules; trying again");
-                }
-            }
-            Err(error) => {
-                hearing.failures.inc();
-                tracing::error!(%error, "a look whether others changed the rules failed; trying again");
-            }
-        }
-    }
+    while hearing.wait(hearing.period).await && look_now(&mut eye, &hearing).await {}
 }
 
 /// Looks at the proxy's iptables as soon as the kernel tells that another program wrote to their
@@ -212,15 +186,16 @@ async fn told(monitor: &mut Monitor, canary: &mut Canary, hearing: &Hearing) -> 
 }
 
 /// One look; false if it is all over.
-async fn look_now(canary: &mut Canary, hearing: &Hearing) -> bool {
-    let mut looking = canary.clone();
+async fn look_now<E: Eye>(eye: &mut E, hearing: &Hearing) -> bool {
+    let mut looking = eye.clone();
+    // It runs programs and waits for them.
     let looked = tokio::task::spawn_blocking(move || {
         let changed = looking.changed();
         (looking, changed)
     });
     match looked.await {
         Ok((back, changed)) => {
-            *canary = back;
+            *eye = back;
             match changed {
                 Ok(true) => return hearing.tell("canary").await,
                 Ok(false) => {}

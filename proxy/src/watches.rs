@@ -109,10 +109,8 @@ pub(crate) async fn slices(
             let (slice, problems) = read.unwrap_or_default();
             ChangeKind::Slice(key, slice, problems)
         };
-        let turn = shutdown.child_token();
-        let _moved = turn.clone().drop_guard();
-        let follow =
-            follow(Api::all(client.clone()), config, queue.clone(), turn, read, ChangeKind::Slices);
+        let (api, stop) = (Api::all(client.clone()), shutdown.clone());
+        let follow = follow(api, config, queue.clone(), stop, read, ChangeKind::Slices);
         tokio::select! {
             () = follow => return,
             moved = place.changed() => if moved.is_err() { return },
@@ -152,7 +150,6 @@ pub(crate) async fn node(
             return;
         }
     }
-    // The slices are read as long as their watch goes on: it holds the place itself.
 }
 
 /// The ranges of a node's pods, once it has some; `None` if `shutdown` came first.
