@@ -60,7 +60,8 @@ pub enum NodePortAddresses {
     /// The node's own addresses, as its Node object has them: what kube-proxy's nftables mode does
     /// unless told otherwise.
     Primary,
-    /// Every local address in these ranges, except loopback.
+    /// Every local address in these ranges; those of loopback only where a mode documents it
+    /// ([`ProxyConfig::localhost_node_ports`]).
     Ranges(Vec<IpNet>),
 }
 
@@ -129,7 +130,8 @@ pub struct ProxyConfig {
     pub min_sync_period: Duration,
     /// Which of the node's addresses answer on node ports.
     pub node_port_addresses: NodePortAddresses,
-    /// Whether node ports are on loopback too. Only the iptables mode can, and only for IPv4.
+    /// Whether node ports are on loopback too, where that is in their ranges: the iptables mode can
+    /// do it for IPv4 only, relays for both families, nftables never.
     pub localhost_node_ports: bool,
     /// The connection table.
     pub conntrack: ConntrackConfig,

@@ -213,7 +213,12 @@ impl Snapshot {
     }
 
     fn serves_loopback(&self, address: IpAddr) -> bool {
-        self.config.mode == Mode::Iptables && self.config.localhost_node_ports && address.is_ipv4()
+        let possible = match self.config.mode {
+            Mode::Nftables => false,
+            Mode::Iptables => address.is_ipv4(),
+            Mode::Userspace => true,
+        };
+        possible && self.config.localhost_node_ports
     }
 
     fn describe(

@@ -159,15 +159,16 @@ pub(super) fn rows() -> Vec<Feature> {
             [ask(&[NODE], |own| (own.addresses.loopback(), own.node_port()).into(), Refused)],
         )
         .with(|config| {
-            // All addresses is that mode's default.
-            if config.mode == Mode::Iptables {
+            // All addresses is those modes' default.
+            if config.mode != Mode::Nftables {
                 let all = ["0.0.0.0/0", "::/0"].map(|range| range.parse().unwrap());
                 config.node_port_addresses = NodePortAddresses::Ranges(all.into());
             }
         })
         .but(|mode, family| {
-            // `localhostNodePorts`, as the kernel has no such thing for IPv6.
-            (mode == Mode::Iptables && family == Family::V4).then_some(By(BOTH, Node))
+            // `localhostNodePorts`; to rules the kernel has no such thing for IPv6.
+            let by_rules = mode == Mode::Iptables && family == Family::V4;
+            (by_rules || mode == Mode::Userspace).then_some(By(BOTH, Node))
         }),
     ]
 }
