@@ -12,6 +12,7 @@
 //! * `memory`: what of it only the start needs.
 
 mod agent;
+mod bounded;
 mod cli;
 mod cluster;
 mod config;

@@ -16,6 +16,8 @@ use keelson_proxy::{Objects, Refusal};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::bounded;
+
 /// Large clusters fit in.
 const LIMITS: yaml::Limits =
     yaml::Limits { bytes: 256 << 20, depth: 64, nodes: 50_000_000, documents: 1_000_000 };
@@ -59,7 +61,8 @@ impl Manifests {
     }
 
     fn read_file(&mut self, path: &Path) -> anyhow::Result<()> {
-        let text = fs::read(path).with_context(|| format!("read {}", path.display()))?;
+        let text = bounded::read(path, LIMITS.bytes);
+        let text = text.with_context(|| format!("read {}", path.display()))?;
         match yaml::documents(&text, LIMITS) {
             Ok(documents) => {
                 for (n, document) in documents.into_iter().enumerate() {

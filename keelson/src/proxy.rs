@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     cli::{FamilyName, ProxyArgs},
-    config::{ProxyFlags, ProxySettings, duration, watch},
+    config::{ProxyFlags, ProxySettings, duration, watch::Watched},
     credentials::Credentials,
     instance::{self, Part, Record},
     manifests::Manifests,
@@ -248,6 +248,7 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
     for (name, why) in args.logging.without_effect() {
         tracing::warn!("{name} has no effect: {why}");
     }
+    let file = args.config.clone().map(Watched::new);
     let settings = ProxySettings::read(args.config.as_deref(), &args.flags)?;
     if args.dry_run {
         return dry_run(args, &settings);
@@ -304,8 +305,8 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
         credentials.keep_current(&tasks, shutdown.clone());
         let proxy = keelson_proxy::run_with_registry(config, client, registry, shutdown.clone());
         tasks.spawn("service proxy", async move { Ok(proxy.await?) });
-        if let Some(path) = args.config.clone() {
-            let changed = config_changed(path, args.flags.clone(), name, shutdown.clone());
+        if let Some(file) = file {
+            let changed = config_changed(file, args.flags.clone(), name, shutdown.clone());
             tasks.spawn("config file", changed);
         }
         let ready = held.ready();
@@ -323,16 +324,17 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
 /// Fails once the config file is another one, so that everything ends, and whoever looks after the
 /// process starts it with the new one: kube-proxy does so too.
 async fn config_changed(
-    path: PathBuf,
+    file: Watched,
     flags: ProxyFlags,
     name: String,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    let path = file.path().to_owned();
     let check = |path: &Path| {
         let settings = ProxySettings::read(Some(path), &flags)?;
         config(&settings, &name, Vec::new(), None).map(drop)
     };
-    if watch::changed(path.clone(), check, shutdown).await {
+    if file.changed(check, shutdown).await {
         bail!(
             "config file {}: it has changed, and takes effect when the proxy is started again",
             path.display()

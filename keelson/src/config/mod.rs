@@ -24,8 +24,10 @@ pub(crate) use proxy::ProxySettings;
 pub(crate) use proxy_flags::ProxyFlags;
 pub(crate) use proxy_logging::ProxyLogging;
 
+use crate::bounded;
+
 /// The largest config file that is read.
-const MAX_BYTES: u64 = 1 << 20;
+const MAX_BYTES: usize = 1 << 20;
 
 /// What kind of value a documented field holds, and whether it does something here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,14 +185,7 @@ fn read(
     unknown: Unknown,
 ) -> anyhow::Result<Checked> {
     let context = || format!("config file {}", path.display());
-    let size = std::fs::metadata(path).with_context(context)?.len();
-    if size > MAX_BYTES {
-        bail!(
-            "config file {}: {size} bytes are more than the {MAX_BYTES} that are read",
-            path.display()
-        );
-    }
-    let text = std::fs::read(path).with_context(context)?;
+    let text = bounded::read(path, MAX_BYTES).with_context(context)?;
     check(&text, kind, group, table, unknown).with_context(context)
 }
 

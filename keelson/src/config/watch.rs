@@ -7,46 +7,77 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
+use super::MAX_BYTES;
+use crate::bounded;
+
 /// How often the file is looked at. It is read, since a ConfigMap's file changes by a link that
 /// leads elsewhere, of which the kernel tells nothing to who follows the file itself.
 const CHECK: Duration = Duration::from_secs(5);
 
-/// Waits until the file has other content that is right. Content that is wrong is told once, and
-/// nothing follows from it. Returns false if `shutdown` came first.
-pub(crate) async fn changed(
+/// A config file, and what was in it when it was last looked at.
+pub(crate) struct Watched {
     path: PathBuf,
-    check: impl Fn(&Path) -> anyhow::Result<()>,
-    shutdown: CancellationToken,
-) -> bool {
-    let mut content = Content(tokio::fs::read(&path).await.ok());
-    let mut ticks = tokio::time::interval(CHECK);
-    loop {
-        tokio::select! {
-            _ = ticks.tick() => {}
-            () = shutdown.cancelled() => return false,
-        }
-        let found = tokio::fs::read(&path).await.ok();
-        if content.is_new(found) {
-            match check(&path) {
-                Ok(()) => return true,
-                Err(error) => {
-                    tracing::error!("{error:#}; going on with the configuration from before");
+    content: Content,
+}
+
+impl Watched {
+    /// The file as it is now. To be called before its settings are read: what changes between the
+    /// two is read twice, and nothing is missed.
+    pub(crate) fn new(path: PathBuf) -> Self {
+        let content = Content::of(&path);
+        Self { path, content }
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Waits until the file has other content that is right. Content that is wrong is told once,
+    /// and nothing follows from it. Returns false if `shutdown` came first.
+    pub(crate) async fn changed(
+        mut self,
+        check: impl Fn(&Path) -> anyhow::Result<()>,
+        shutdown: CancellationToken,
+    ) -> bool {
+        let mut ticks = tokio::time::interval(CHECK);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = shutdown.cancelled() => return false,
+            }
+            let path = self.path.clone();
+            let Ok(found) = tokio::task::spawn_blocking(move || Content::of(&path)).await else {
+                // It panicked; the next look may not.
+                continue;
+            };
+            if self.content.is_new(found) {
+                match check(&self.path) {
+                    Ok(()) => return true,
+                    Err(error) => {
+                        tracing::error!("{error:#}; going on with the configuration from before");
+                    }
                 }
             }
         }
     }
 }
 
-/// What was in the file when it was last looked at.
+/// What is in a file; `None` if that can't be told.
+#[derive(PartialEq, Eq)]
 struct Content(Option<Vec<u8>>);
 
 impl Content {
+    fn of(path: &Path) -> Self {
+        Self(bounded::read(path, MAX_BYTES).ok())
+    }
+
     /// Whether there is something else now. A file that is gone is about to be replaced.
-    fn is_new(&mut self, found: Option<Vec<u8>>) -> bool {
-        if found.is_none() || found == self.0 {
+    fn is_new(&mut self, found: Self) -> bool {
+        if found.0.is_none() || found == *self {
             return false;
         }
-        self.0 = found;
+        *self = found;
         true
     }
 }
@@ -67,7 +98,21 @@ mod tests {
             (Some(b"two"), true),
         ];
         for (found, new) in table {
-            assert_eq!(content.is_new(found.map(<[u8]>::to_vec)), new, "{found:?}");
+            let now = Content(found.map(<[u8]>::to_vec));
+            assert_eq!(content.is_new(now), new, "{found:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_change_before_the_watch_begins_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config");
+        std::fs::write(&path, "read at the start").unwrap();
+        let watched = Watched::new(path.clone());
+        std::fs::write(&path, "changed meanwhile").unwrap();
+        assert!(watched.changed(|_| Ok(()), CancellationToken::new()).await);
+        let (watched, shutdown) = (Watched::new(path), CancellationToken::new());
+        shutdown.cancel();
+        assert!(!watched.changed(|_| Ok(()), shutdown).await);
     }
 }
