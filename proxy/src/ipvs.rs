@@ -7,7 +7,7 @@
 
 use std::{io, path::Path, process::Command};
 
-use crate::ProxyError;
+use crate::{ProxyError, rtnl::failed};
 
 /// The interface that has the addresses of Services.
 const INTERFACE: &str = "kube-ipvs0";
@@ -79,10 +79,7 @@ fn remove_interface(index: u32) -> io::Result<()> {
     runtime.block_on(async {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tokio::spawn(connection);
-        handle.link().del(index).execute().await.map_err(|error| match error {
-            rtnetlink::Error::NetlinkError(message) => message.to_io(),
-            other => io::Error::other(other.to_string()),
-        })
+        handle.link().del(index).execute().await.map_err(failed)
     })
 }
 

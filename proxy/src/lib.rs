@@ -47,6 +47,7 @@ mod nftables;
 #[cfg(test)]
 mod packets;
 mod proxier;
+mod rtnl;
 mod ruleset;
 mod run;
 #[cfg(test)]

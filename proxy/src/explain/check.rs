@@ -8,8 +8,7 @@ use crate::{
     iptables,
     model::Family,
     nftables::{
-        changes::Plan,
-        held::{Chosen, Held},
+        held::{Chosen, Held, Plan},
         observe::{Found, observe},
         socket::NftSocket,
     },

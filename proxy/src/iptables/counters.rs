@@ -10,7 +10,27 @@ use super::{
     chain::Table,
     program::Programs,
 };
-use crate::{backend::BackendError, metrics::packets::Packets};
+use crate::backend::BackendError;
+
+/// How many packets met rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Packets {
+    /// Dropped, since the connection table can't place them.
+    pub(crate) invalid_dropped: u64,
+    /// The first ones of connections to node ports on loopback.
+    pub(crate) localhost_accepted: u64,
+}
+
+impl Packets {
+    /// What came since an earlier reading; a rule that was made anew began at zero.
+    pub(crate) fn since(self, before: Self) -> Self {
+        let more = |now: u64, before: u64| if now >= before { now - before } else { now };
+        Self {
+            invalid_dropped: more(self.invalid_dropped, before.invalid_dropped),
+            localhost_accepted: more(self.localhost_accepted, before.localhost_accepted),
+        }
+    }
+}
 
 /// Reads the counts of one family.
 #[derive(Debug)]
@@ -56,6 +76,14 @@ fn of_line(line: &str, chain: &str, rule: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rule_that_was_made_anew_counts_on() {
+        let at = |n| Packets { invalid_dropped: n, localhost_accepted: 0 };
+        assert_eq!(at(5).since(at(3)), at(2));
+        assert_eq!(at(2).since(at(5)), at(2));
+        assert_eq!(at(5).since(at(5)), at(0));
+    }
 
     #[test]
     fn counts_are_read_from_the_rule_that_is_meant() {

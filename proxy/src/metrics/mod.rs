@@ -12,7 +12,7 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, core::Collector,
 };
 
-use crate::{backend::TableRules, config::Mode, model::Family};
+use crate::{backend::TableRules, config::Mode, iptables::counters::Packets, model::Family};
 use documented::{Documented, Kind};
 
 const NO_LOCAL_ENDPOINTS: &str = "kubeproxy_sync_proxy_rules_no_local_endpoints_total";
@@ -38,7 +38,7 @@ pub(crate) struct Metrics {
     pub(crate) service_changes_pending: IntGauge,
     pub(crate) healthz: IntCounterVec,
     pub(crate) livez: IntCounterVec,
-    elements: IntGaugeVec,
+    units: IntGaugeVec,
     commit: Histogram,
 }
 
@@ -240,7 +240,7 @@ impl Metrics {
             )?,
             healthz: known("kubeproxy_proxy_healthz_total", "Answers of /healthz.")?,
             livez: known("kubeproxy_proxy_livez_total", "Answers of /livez.")?,
-            elements: kept(
+            units: kept(
                 registry,
                 IntGaugeVec::new(
                     Opts::new("keelson_proxy_units", "Frontends and addresses in the kernel."),
@@ -315,7 +315,7 @@ impl Metrics {
     }
 
     /// So many packets more met the rules that count them.
-    pub(crate) fn packets(&self, more: packets::Packets) {
+    pub(crate) fn packets(&self, more: Packets) {
         let Own::Iptables { invalid_dropped, localhost_accepted, .. } = &self.own else { return };
         invalid_dropped.inc_by(more.invalid_dropped);
         localhost_accepted.inc_by(more.localhost_accepted);
@@ -332,9 +332,9 @@ impl Metrics {
         self.conntrack_duration.with_label_values(&[family.as_str()]).observe(took.as_secs_f64());
     }
 
-    /// How much there is in the kernel.
+    /// How many frontends and addresses are in the kernel.
     pub(crate) fn holds(&self, family: Family, units: usize) {
-        self.elements.with_label_values(&[family.as_str()]).set(units as i64);
+        self.units.with_label_values(&[family.as_str()]).set(units as i64);
     }
 
     /// How many service ports have a Local policy and no endpoint here.

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     batch::{Batch, Chain, TABLE},
-    changes::{Changes, Plan},
-    held::{Held, Next, affinity_seconds},
+    changes::Changes,
+    held::{Held, Next, Plan, affinity_seconds},
     layout::{DynamicChain, PickChain},
     look::has_table,
     monitor::{Ears, Writing},

@@ -1,12 +1,8 @@
-//! What to write: elements, in one transaction or in two.
+//! Elements to write, set by set.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
-use super::{
-    batch::{Batch, Bytes, Data, Element},
-    held::Next,
-};
-use crate::ruleset::Frontend;
+use super::batch::{Batch, Bytes, Data, Element};
 
 /// Elements to remove from and to add to each set: removals first.
 #[derive(Debug, Default)]
@@ -50,20 +46,4 @@ impl Changes {
             batch.elements(set, true, elements);
         }
     }
-}
-
-/// How to get from what is held to what is desired.
-#[derive(Debug, Default)]
-pub(crate) struct Plan {
-    /// Comes a transaction earlier, together with the chains that are new: who may not come is
-    /// dropped before there is anywhere to go.
-    pub(crate) early: Changes,
-    /// Held as soon as `early` is written.
-    pub(crate) early_next: Vec<Next>,
-    /// Everything else.
-    pub(crate) changes: Changes,
-    /// Held as soon as `changes` is written.
-    pub(crate) next: Vec<Next>,
-    /// Frontends whose lanes share elements that are planned already.
-    pub(super) shared: HashSet<Frontend>,
 }

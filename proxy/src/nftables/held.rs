@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     batch::Data,
-    changes::{Changes, Plan},
+    changes::Changes,
     expression::Verdict,
     keys::{address_element, endpoint_bytes, frontend_key},
     layout::{self, DynamicChain, PickChain},
@@ -83,6 +83,22 @@ pub(crate) struct Held {
     chains: HashMap<DynamicChain, usize>,
     /// Those that nothing leads to.
     unused: BTreeSet<DynamicChain>,
+}
+
+/// How to get from what is held to what is desired.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// Comes a transaction earlier, together with the chains that are new: who may not come is
+    /// dropped before there is anywhere to go.
+    pub(crate) early: Changes,
+    /// Held as soon as `early` is written.
+    pub(crate) early_next: Vec<Next>,
+    /// Everything else.
+    pub(crate) changes: Changes,
+    /// Held as soon as `changes` is written.
+    pub(crate) next: Vec<Next>,
+    /// Frontends whose lanes share elements that are planned already.
+    pub(super) shared: HashSet<Frontend>,
 }
 
 /// A unit's next state, to be entered once the kernel has it.

@@ -212,7 +212,7 @@ fn hook_text(hook: &Hook) -> (&'static str, String) {
 
 /// What a register holds.
 #[derive(Clone, Debug)]
-struct Held {
+struct Loaded {
     /// As nft names it.
     text: String,
     words: u32,
@@ -224,13 +224,13 @@ struct Held {
 struct RuleReader<'a> {
     family: Family,
     key_words: &'a HashMap<String, u32>,
-    registers: BTreeMap<u32, Held>,
+    registers: BTreeMap<u32, Loaded>,
     parts: Vec<String>,
 }
 
 impl RuleReader<'_> {
     fn load(&mut self, to: Register, text: impl Into<String>, words: u32) {
-        self.registers.insert(to.index(), Held { text: text.into(), words, masked: None });
+        self.registers.insert(to.index(), Loaded { text: text.into(), words, masked: None });
     }
 
     /// What stands from a register on, as a concatenation of so many words.
@@ -335,7 +335,7 @@ impl RuleReader<'_> {
     }
 }
 
-fn comparison_text(held: &Held, comparison: Comparison, value: &[u8]) -> String {
+fn comparison_text(held: &Loaded, comparison: Comparison, value: &[u8]) -> String {
     let not = if comparison == Comparison::NotEqual { "!= " } else { "" };
     let name = held.text.as_str();
     match (name, &held.masked) {

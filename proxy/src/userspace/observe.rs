@@ -14,8 +14,7 @@ use rtnetlink::{
     },
 };
 
-use super::routes::failed;
-use crate::{config::DetectLocal, model::Family};
+use crate::{config::DetectLocal, model::Family, rtnl::failed};
 
 /// What clients are told apart by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

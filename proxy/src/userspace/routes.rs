@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::observe::{any_route, destination};
-use crate::{config::DetectLocal, model::Family};
+use crate::{config::DetectLocal, model::Family, rtnl::failed};
 
 /// Who made a route, as the kernel keeps it: it tells ours from others'. `ip route show table local
 /// proto 75` lists them.
@@ -32,14 +32,6 @@ const LOCAL: u8 = 255;
 const AT_ONCE: usize = 64;
 /// How many routes that are gone are remembered one by one; with more, everything is looked at.
 const NEWS_MAX: usize = 1_024;
-
-/// What the system said.
-pub(super) fn failed(error: rtnetlink::Error) -> io::Error {
-    match error {
-        rtnetlink::Error::NetlinkError(message) => message.to_io(),
-        other => io::Error::other(other.to_string()),
-    }
-}
 
 /// The routes of one family.
 #[derive(Debug)]
