@@ -53,6 +53,8 @@ mod run;
 #[cfg(test)]
 mod run_test;
 mod snapshot;
+#[cfg(test)]
+mod stand_in;
 mod start;
 mod sysctl;
 #[cfg(test)]

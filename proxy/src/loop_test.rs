@@ -91,6 +91,12 @@ impl Running {
         self.send(ChangeKind::Slices(HashSet::from([ObjectKey::new("d", "dns-1")])));
     }
 
+    /// Waits until the first slice was taken in: what would be written is about to be.
+    fn took_in_a_slice(&self) {
+        let counted = "kubeproxy_sync_proxy_rules_endpoint_changes_total 1";
+        until("the slice is taken in", || self.metric(counted));
+    }
+
     fn metric(&self, line: &str) -> bool {
         keelson_api::metrics::encode(&self.registry).unwrap().contains(line)
     }
@@ -129,6 +135,7 @@ fn nothing_is_written_before_everything_was_listed_and_drift_is_mended() {
     running.send(service());
     running.send(ChangeKind::Services(HashSet::from([ObjectKey::new("d", "dns")])));
     running.send(slice(&[1]));
+    running.took_in_a_slice();
     assert!(!has(&host, "keelson-proxy {"), "not before the slices are known");
     running.send(ChangeKind::Slices(HashSet::from([ObjectKey::new("d", "dns-1")])));
     until("the first sync", || has(&host, "10.96.0.10 . udp . 53 : goto endpoints-1"));
@@ -182,8 +189,9 @@ fn every_mode_waits_for_the_list_mends_drift_follows_changes_and_ends() {
         let host = Namespace::new();
         let running = start_in(&host, mode);
         running.send(service());
-        running.send(slice(&[1]));
         running.send(ChangeKind::Services(HashSet::from([ObjectKey::new("d", "dns")])));
+        running.send(slice(&[1]));
+        running.took_in_a_slice();
         assert!(!serves(&host, mode, 1), "{mode:?}: not before the slices are known");
         running.listed();
         until("the first sync", || serves(&host, mode, 1));

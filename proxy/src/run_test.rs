@@ -1,15 +1,10 @@
 //! The whole proxy against a stand-in for the API server that answers lists and never ends watches.
 
 use std::{
-    convert::Infallible,
     io::{Read, Write},
     net::TcpStream,
-    thread::JoinHandle,
-    time::{Duration, Instant},
 };
 
-use http::{Request, Response};
-use kube::{Client, client::Body};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +12,8 @@ use crate::{
     Mode, ProxyConfig, ProxyError,
     netns::Namespace,
     run,
-    until::{PATIENCE, until},
+    stand_in::ApiServer,
+    until::{PATIENCE, until, until_some},
 };
 
 fn answer(path: &str) -> Value {
@@ -60,16 +56,7 @@ fn answer(path: &str) -> Value {
     }
 }
 
-fn api_server() -> Client {
-    let service = tower::service_fn(|request: Request<Body>| async move {
-        if request.uri().query().is_some_and(|query| query.contains("watch=true")) {
-            std::future::pending::<()>().await;
-        }
-        let body = serde_json::to_vec(&answer(request.uri().path())).unwrap();
-        Ok::<_, Infallible>(Response::new(Body::from(body)))
-    });
-    Client::new(service, "default")
-}
+const API: ApiServer = ApiServer { lists: answer, events: None };
 
 fn get(namespace: &Namespace, port: u16, path: &str) -> Option<String> {
     get_at(namespace, "127.0.0.1", port, path)
@@ -87,37 +74,15 @@ fn get_at(namespace: &Namespace, address: &'static str, port: u16, path: &str) -
     })
 }
 
-/// Runs the proxy in a namespace.
-fn start(
-    host: &Namespace,
-    config: ProxyConfig,
-) -> (CancellationToken, JoinHandle<Result<(), ProxyError>>) {
-    let shutdown = CancellationToken::new();
-    let token = shutdown.clone();
-    let running = host.run(move || {
-        std::thread::spawn(move || {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async { run(config, api_server(), token).await })
-        })
-    });
-    (shutdown, running)
-}
-
 #[test]
 fn it_starts_serves_tells_of_its_health_and_stops() {
     let host = Namespace::new();
     host.sh("ip addr add 192.0.2.7/32 dev lo");
-    let (shutdown, running) = start(&host, ProxyConfig::new("here"));
-    let deadline = Instant::now() + PATIENCE;
-    let listed = loop {
+    let (shutdown, running) = API.run(&host, ProxyConfig::new("here"));
+    let listed = until_some("the first sync", || {
         let (_, listed) = host.try_sh("nft list ruleset");
-        if listed.contains("goto endpoints-1") && listed.contains("192.0.2.7") {
-            break listed;
-        }
-        assert!(Instant::now() < deadline, "{listed}");
-        std::thread::sleep(Duration::from_millis(5));
-    };
+        (listed.contains("goto endpoints-1") && listed.contains("192.0.2.7")).then_some(listed)
+    });
     let six = host.sh("nft list table ip6 keelson-proxy");
     assert!(six.contains("fd00::10 . tcp . 80 : goto reject-at-once"), "{six}");
     assert!(listed.contains("10.96.0.1 . tcp . 80 . 0x00000000 : 10.244.0.5 . 8080"), "{listed}");
@@ -134,13 +99,8 @@ fn it_starts_serves_tells_of_its_health_and_stops() {
     assert!(get(&host, 10249, "/proxyMode").unwrap().ends_with("\r\n\r\nnftables"));
     assert!(get(&host, 10249, "/configz").unwrap().contains("\"masqueradeBit\":14"));
     assert!(get(&host, 10249, "/nothing").unwrap().starts_with("HTTP/1.1 404"));
-    let check = loop {
-        if let Some(check) = get_at(&host, "192.0.2.7", 31999, "/") {
-            break check;
-        }
-        assert!(Instant::now() < deadline, "no answer to health checks");
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let check = || get_at(&host, "192.0.2.7", 31999, "/");
+    let check = until_some("health checks are answered", check);
     assert!(check.starts_with("HTTP/1.1 200"), "{check}");
     for part in ["x-load-balancing-endpoint-weight: 1", "\"localEndpoints\": 1", "\"name\": \"lb\""]
     {
@@ -173,13 +133,13 @@ fn another_mode_takes_over_and_what_relays_need_goes_with_them() {
     host.sh("ip addr add 192.0.2.7/32 dev lo");
     let tables = || host.sh("nft list tables");
     let mode = || get(&host, 10249, "/proxyMode").unwrap_or_default();
-    let (shutdown, running) = start(&host, ProxyConfig::new("here"));
+    let (shutdown, running) = API.run(&host, ProxyConfig::new("here"));
     until("nftables", || mode().ends_with("nftables") && tables().contains("keelson-proxy"));
     shutdown.cancel();
     running.join().unwrap().unwrap();
 
     let userspace = ProxyConfig { mode: Mode::Userspace, ..ProxyConfig::new("here") };
-    let (shutdown, running) = start(&host, userspace);
+    let (shutdown, running) = API.run(&host, userspace);
     let routes = || host.sh("ip route show table local");
     until("relays", || mode().ends_with("userspace") && routes().contains("10.96.0.1"));
     until("the tables go once the relays are there", || !tables().contains("keelson-proxy"));
@@ -198,7 +158,7 @@ fn a_port_in_use_is_named() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let config = ProxyConfig { bind_address_hard_fail: true, ..ProxyConfig::new("here") };
-            run(config, api_server(), CancellationToken::new()).await.unwrap_err()
+            run(config, API.client(), CancellationToken::new()).await.unwrap_err()
         })
     });
     assert!(matches!(error, ProxyError::Listen { .. }), "{error}");

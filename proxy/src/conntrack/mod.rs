@@ -283,7 +283,7 @@ mod tests {
     use super::*;
     use crate::{
         model::{Protocol, table::ServiceTable},
-        ruleset::{Frontend, Lane, desired::Desired},
+        ruleset::{Frontend, desired::Desired},
         until::{PATIENCE, until},
     };
 
@@ -326,13 +326,7 @@ mod tests {
     }
 
     fn stale(count: usize) -> Vec<Stale> {
-        let frontend = Frontend {
-            family: Family::V4,
-            lane: Lane::Address,
-            address: Some([10, 96, 0, 1].into()),
-            protocol: Protocol::Udp,
-            port: 53,
-        };
+        let frontend = Frontend::at([10, 96, 0, 1], Protocol::Udp, 53);
         vec![Stale { frontend, endpoint: None }; count]
     }
 

@@ -31,13 +31,7 @@ fn desired(family: Family, services: u16, endpoints: u16) -> Desired {
     };
     let mut desired = Desired::default();
     for n in 0..services {
-        let frontend = Frontend {
-            family,
-            lane: Lane::Address,
-            address: Some(address(20, n, 0)),
-            protocol: Protocol::Tcp,
-            port: 80,
-        };
+        let frontend = Frontend::at(address(20, n, 0), Protocol::Tcp, 80);
         let mut all: Vec<Endpoint> =
             (0..endpoints).map(|e| Endpoint { address: address(10, n, e), port: 8080 }).collect();
         all.sort();

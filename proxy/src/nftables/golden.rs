@@ -109,14 +109,7 @@ fn the_static_part() {
 #[test]
 #[cfg(target_endian = "little")]
 fn elements() {
-    let frontend = Frontend {
-        family: Family::V4,
-        lane: Lane::Address,
-        address: Some([10, 96, 0, 10].into()),
-        protocol: Protocol::Udp,
-        port: 53,
-    };
-    let key = frontend_key(&frontend);
+    let key = frontend_key(&Frontend::at([10, 96, 0, 10], Protocol::Udp, 53));
     let goto = Data::Verdict(Verdict::Goto("endpoints-1".into()));
     let endpoint = Bytes::new().part(&[10, 244, 0, 7]).part(&8053u16.to_be_bytes());
     let index = key.part(&0u32.to_ne_bytes());

@@ -18,7 +18,7 @@ use crate::{
     backend::Applied,
     model::{Family, Protocol},
     netns::Namespace,
-    ruleset::{Action, Frontend, Lane, Unit, desired::ServiceRules},
+    ruleset::{Action, Frontend, Unit, desired::ServiceRules},
     until::{PATIENCE, until},
 };
 
@@ -104,13 +104,7 @@ fn what_the_kernel_refuses_keeps_nobody_else_out() {
     let mut proxy = Proxy::start(&host);
     // A key of the wrong length, which no object can lead to.
     let wrong: IpAddr = "fd00::1".parse().unwrap();
-    let bad = Frontend {
-        family: Family::V4,
-        lane: Lane::Address,
-        address: Some(wrong),
-        protocol: Protocol::Tcp,
-        port: 80,
-    };
+    let bad = Frontend { family: Family::V4, ..Frontend::at(wrong, Protocol::Tcp, 80) };
     let rules = ServiceRules { frontends: vec![(bad, Action::Reject)], ..ServiceRules::default() };
     let mut dirty = proxy.world.desired.replace(&ObjectKey::new("d", "bad"), Some(rules)).dirty;
     let others: Vec<Value> =

@@ -1,7 +1,7 @@
 //! What the kernel refuses: the old rules stay whole, the rest goes in, and it is tried again. And
 //! answers that never come, or that make no sense.
 
-use std::{io, net::IpAddr};
+use std::io;
 
 use keelson_api::object::ObjectKey;
 
@@ -21,7 +21,7 @@ use crate::{
     model::{Endpoint, Family, Protocol},
     netns::Namespace,
     ruleset::{
-        Action, Frontend, Lane, Masquerade, Unit,
+        Action, Frontend, Masquerade, Unit,
         desired::{Desired, ServiceRules},
     },
 };
@@ -41,14 +41,7 @@ fn want(desired: &mut Desired, services: &[(u8, u8)]) -> Vec<Unit> {
 }
 
 fn frontend(n: u8) -> Frontend {
-    let address: IpAddr = [10, 96, 0, n].into();
-    Frontend {
-        family: Family::V4,
-        lane: Lane::Address,
-        address: Some(address),
-        protocol: Protocol::Tcp,
-        port: 80,
-    }
+    Frontend::at([10, 96, 0, n], Protocol::Tcp, 80)
 }
 
 fn forward(n: u8, endpoints: u8) -> Action {

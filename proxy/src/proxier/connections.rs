@@ -78,11 +78,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        metrics::Metrics,
-        model::Protocol,
-        netns::Namespace,
-        ruleset::{Frontend, Lane},
-        until::until,
+        metrics::Metrics, model::Protocol, netns::Namespace, ruleset::Frontend, until::until,
     };
 
     #[test]
@@ -92,13 +88,7 @@ mod tests {
         let cleaner = host.run(move || Cleaner::start(metrics).unwrap());
         let mut connections = Connections::new(Some(cleaner));
         let (wanted, now) = (Wanted::new(vec![Family::V4]), Instant::now());
-        let frontend = Frontend {
-            family: Family::V4,
-            lane: Lane::Address,
-            address: Some([10, 96, 0, 1].into()),
-            protocol: Protocol::Udp,
-            port: 53,
-        };
+        let frontend = Frontend::at([10, 96, 0, 1], Protocol::Udp, 53);
         connections.forget(vec![Stale { frontend, endpoint: None }; 100_000], now);
         let at = connections.wakes_at().unwrap();
         connections.make_up(&wanted, now);

@@ -52,6 +52,16 @@ pub(crate) struct Frontend {
     pub(crate) port: u16,
 }
 
+#[cfg(test)]
+impl Frontend {
+    /// An address and port, for everybody.
+    pub(crate) fn at(address: impl Into<IpAddr>, protocol: Protocol, port: u16) -> Self {
+        let address = address.into();
+        let (family, lane) = (Family::of(address), Lane::Address);
+        Self { family, lane, address: Some(address), protocol, port }
+    }
+}
+
 impl fmt::Display for Frontend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.address {

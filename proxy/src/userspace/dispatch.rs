@@ -186,7 +186,7 @@ mod tests {
     use crate::{
         model::{Family, Protocol},
         ruleset::{
-            Action, Frontend, Lane, Masquerade,
+            Action, Frontend, Masquerade,
             desired::{Desired, ServiceRules},
         },
         userspace::plan::Changes,
@@ -200,13 +200,7 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3_600);
 
     fn rule(endpoints: &[u8], affinity: Option<Duration>) -> Arc<Rule> {
-        let frontend = Frontend {
-            family: Family::V4,
-            lane: Lane::Address,
-            address: Some([10, 96, 0, 1].into()),
-            protocol: Protocol::Tcp,
-            port: 80,
-        };
+        let frontend = Frontend::at([10, 96, 0, 1], Protocol::Tcp, 80);
         let endpoints = endpoints.iter().map(|n| endpoint(*n)).collect();
         let masquerade = Masquerade::Always;
         let action = Action::Forward { endpoints, masquerade, affinity, sources: None };

@@ -1,41 +1,10 @@
 //! What the relays don't serve is told where operators look: as an event on the Service.
 
-use std::{
-    convert::Infallible,
-    sync::mpsc::{self, Sender},
-    time::Duration,
-};
+use std::sync::mpsc;
 
-use http::{Method, Request, Response};
-use http_body_util::BodyExt;
-use kube::{Client, client::Body};
 use serde_json::{Value, json};
-use tokio_util::sync::CancellationToken;
 
-use crate::{Mode, ProxyConfig, netns::Namespace, run};
-
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A stand-in for an API server with one Service of two ports, which hands on the events it gets.
-fn api_server(events: Sender<Value>) -> Client {
-    let service = tower::service_fn(move |request: Request<Body>| {
-        let events = events.clone();
-        async move {
-            if request.uri().query().is_some_and(|query| query.contains("watch=true")) {
-                std::future::pending::<()>().await;
-            }
-            let mut answer = listed(request.uri().path());
-            if request.method() == Method::POST {
-                let body = request.into_body().collect().await.unwrap().to_bytes();
-                answer = serde_json::from_slice(&body).unwrap();
-                let _ = events.send(answer.clone());
-            }
-            let body = serde_json::to_vec(&answer).unwrap();
-            Ok::<_, Infallible>(Response::new(Body::from(body)))
-        }
-    });
-    Client::new(service, "default")
-}
+use crate::{Mode, ProxyConfig, netns::Namespace, stand_in::ApiServer, until::PATIENCE};
 
 fn listed(path: &str) -> Value {
     let items = match path {
@@ -66,16 +35,9 @@ fn a_service_with_a_port_of_sctp_gets_an_event_and_its_other_ports_are_served() 
     let host = Namespace::new();
     host.sh("ip addr add 192.0.2.7/32 dev lo");
     let (sender, events) = mpsc::channel();
-    let shutdown = CancellationToken::new();
-    let token = shutdown.clone();
-    let running = host.run(move || {
-        std::thread::spawn(move || {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let config = ProxyConfig { mode: Mode::Userspace, ..ProxyConfig::new("here") };
-            runtime.block_on(async { run(config, api_server(sender), token).await })
-        })
-    });
+    let config = ProxyConfig { mode: Mode::Userspace, ..ProxyConfig::new("here") };
+    let api = ApiServer { lists: listed, events: Some(sender) };
+    let (shutdown, running) = api.run(&host, config);
     let event = events.recv_timeout(PATIENCE).unwrap();
     assert_eq!(event["involvedObject"]["name"], "calls", "{event}");
     let told = [&event["type"], &event["reason"]].map(|text| text.as_str().unwrap());

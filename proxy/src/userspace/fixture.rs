@@ -26,7 +26,6 @@ use crate::{
     until::PATIENCE,
 };
 
-/// How long what must happen may take.
 /// The port that pods answer on.
 pub(super) const POD_PORT: u16 = 8080;
 

@@ -108,13 +108,7 @@ fn an_address_of_the_node_needs_no_route() {
     let net = Net::new(1);
     net.serve(Family::V4, 1);
     let mut host = net.relays(Family::V4, everywhere);
-    let frontend = Frontend {
-        family: Family::V4,
-        lane: Lane::Address,
-        address: Some(node(Family::V4)),
-        protocol: Protocol::Tcp,
-        port: 80,
-    };
+    let frontend = Frontend::at(node(Family::V4), Protocol::Tcp, 80);
     let frontends = vec![(frontend, host.forward(&[1]))];
     host.replace(1, Some(ServiceRules { frontends, ..ServiceRules::default() }));
     assert_eq!(routes(&net.host, Family::V4), [] as [IpAddr; 0]);
@@ -187,13 +181,7 @@ fn listeners_are_bounded_and_sctp_is_refused_for_good() {
     assert!(host.apply(&units).refused.is_empty());
 
     let rules = |host: &Host| {
-        let frontend = Frontend {
-            family: Family::V4,
-            lane: Lane::Address,
-            address: Some(cluster(Family::V4, 3)),
-            protocol: Protocol::Sctp,
-            port: 80,
-        };
+        let frontend = Frontend::at(cluster(Family::V4, 3), Protocol::Sctp, 80);
         let frontends = vec![(frontend, host.forward(&[1]))];
         Some(ServiceRules { frontends, ..ServiceRules::default() })
     };

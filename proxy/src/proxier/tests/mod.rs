@@ -22,6 +22,7 @@ use crate::{
     backend::Forget,
     model::{Family, Protocol},
     ruleset::{Frontend, Lane},
+    until::{PATIENCE, until},
     watches::ChangeKind,
 };
 
@@ -225,12 +226,8 @@ fn changes_that_come_during_a_commit_are_written_together() {
         queue.blocking_send(service(name, json!({"port": port}), json!({})).into()).unwrap();
     };
     send("first", 1);
-    let deadline = std::time::Instant::now() + Duration::from_secs(10);
     // The backend holds its script while it is at work.
-    while script.try_lock().is_ok_and(|script| script.calls.is_empty()) {
-        assert!(std::time::Instant::now() < deadline, "the loop doesn't begin");
-        std::thread::yield_now();
-    }
+    until("the loop begins", || script.try_lock().map_or(true, |script| !script.calls.is_empty()));
     for n in 2..50 {
         send(&format!("s{n}"), n);
     }
@@ -266,7 +263,7 @@ fn of_two_services_with_one_port_the_second_gets_an_event() {
             trial.take_in(service(name, port, spec));
         }
         trial.commit();
-        let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await;
+        let event = tokio::time::timeout(PATIENCE, events.recv()).await;
         let event = event.expect("an event in time").unwrap();
         assert_eq!(event["reason"], "PortConflict");
         assert_eq!(event["type"], "Warning");
@@ -280,7 +277,7 @@ fn of_two_services_with_one_port_the_second_gets_an_event() {
         trial.script(Family::V4).refuses = [7].into();
         trial.serve("bad", 7);
         let event = loop {
-            let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await;
+            let event = tokio::time::timeout(PATIENCE, events.recv()).await;
             let event = event.expect("an event in time").unwrap();
             // One that repeats is counted up.
             if event["reason"] != Value::Null {
