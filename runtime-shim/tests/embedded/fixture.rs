@@ -170,10 +170,14 @@ impl Node {
         Node { runtime, root, cgroup }
     }
 
-    /// Drops the runtime, as a crash would, and opens another over the same folders.
-    pub(crate) async fn reopen(&mut self, after: Duration) {
-        tokio::time::sleep(after).await;
-        self.runtime = open(&self.root, &self.cgroup).await;
+    /// Drops the runtime, as a crash would, and opens another over the same folders when something
+    /// has happened that no runtime has seen.
+    pub(crate) async fn reopen(self, meanwhile: impl Future<Output = ()>) -> Node {
+        let Node { runtime, root, cgroup } = self;
+        drop(runtime);
+        meanwhile.await;
+        let runtime = open(&root, &cgroup).await;
+        Node { runtime, root, cgroup }
     }
 
     pub(crate) fn sandbox(

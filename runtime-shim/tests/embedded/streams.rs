@@ -92,8 +92,11 @@ fn commands_run_in_containers() {
         assert_eq!(session.exit.await.unwrap().unwrap(), 0);
 
         // A terminal has a size, and says who has it.
+        // A change of size is told on another way than what is typed.
+        let script = "read x; n=0; while [ \"$(stty size)\" != '17 91' ] && [ $n -lt 1000 ]; do \
+                      n=$((n+1)); sleep 0.01; done; stty size; tty; exit 4";
         let request = ExecRequest {
-            command: vec!["sh".into(), "-c".into(), "read x; stty size; tty; exit 4".into()],
+            command: vec!["sh".into(), "-c".into(), script.into()],
             stdin: true,
             stdout: true,
             tty: true,
@@ -102,7 +105,6 @@ fn commands_run_in_containers() {
         let mut session = node.runtime.exec(&id, &request).await.unwrap();
         let size = TerminalSize { width: 91, height: 17 };
         session.resize.as_ref().unwrap().send(size).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(100)).await;
         session.stdin.as_mut().unwrap().write_all(b"go\n").await.unwrap();
         let mut text = String::new();
         session.stdout.take().unwrap().read_to_string(&mut text).await.unwrap();
