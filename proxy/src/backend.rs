@@ -5,7 +5,7 @@
 //! the difference as a pure function, and applies it.
 
 use crate::{
-    model::{Endpoint, Family, eligible::ENDPOINTS_MAX, table::ServiceTable},
+    model::{Endpoint, Family, Protocol, eligible::ENDPOINTS_MAX, table::ServiceTable},
     nftables::socket::NftError,
     ruleset::{Frontend, Unit, desired::Desired},
 };
@@ -170,6 +170,16 @@ pub(crate) struct Stale {
     pub(crate) frontend: Frontend,
     /// Where it was sent; `None` if nowhere, as there was no endpoint.
     pub(crate) endpoint: Option<Endpoint>,
+}
+
+impl Stale {
+    /// Whether it is about connections to the Service's own address that nobody has answered: TCP's
+    /// from before there were rules. One that was answered is not the proxy's.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        let itself = self.frontend.address.map(|address| (address, self.frontend.port));
+        self.frontend.protocol == Protocol::Tcp
+            && self.endpoint.is_some_and(|e| Some((e.address, e.port)) == itself)
+    }
 }
 
 /// Remembered choices that don't count any more.

@@ -22,6 +22,8 @@ pub(crate) struct Tracker {
     /// Whether TCP counts.
     tcp: bool,
     before: HashMap<Frontend, Vec<Endpoint>>,
+    /// TCP frontends that are new: who tried to connect before got no answer, and tries again.
+    opened: HashSet<Frontend>,
     /// TCP connections to endpoints that get no new ones but are there still, by Service.
     leaving: HashMap<ObjectKey, Vec<Stale>>,
 }
@@ -46,10 +48,18 @@ impl Tracker {
             }
         }
         for unit in &outcome.dirty {
-            if let Unit::Frontend(frontend) = unit
-                && self.counts(frontend)
-            {
+            let Unit::Frontend(frontend) = unit else { continue };
+            if self.counts(frontend) {
                 self.before.entry(*frontend).or_default();
+            }
+            // Only addresses: the node itself answers at its own ports.
+            let new = || outcome.before.iter().all(|(before, _)| before != frontend);
+            if frontend.protocol == Protocol::Tcp
+                && frontend.address.is_some()
+                && self.family.is_none_or(|family| family == frontend.family)
+                && new()
+            {
+                self.opened.insert(*frontend);
             }
         }
     }
@@ -69,6 +79,18 @@ impl Tracker {
     ) -> Vec<Stale> {
         let mut stale = Vec::new();
         let mut closing = Vec::new();
+        self.opened.retain(|frontend| {
+            if refused.contains(&Unit::Frontend(*frontend)) {
+                return true;
+            }
+            let itself =
+                frontend.address.filter(|_| !endpoints(desired.action(frontend)).is_empty());
+            stale.extend(itself.map(|address| Stale {
+                frontend: *frontend,
+                endpoint: Some(Endpoint { address, port: frontend.port }),
+            }));
+            false
+        });
         for (frontend, before) in std::mem::take(&mut self.before) {
             if refused.contains(&Unit::Frontend(frontend)) {
                 self.before.insert(frontend, before);
@@ -143,6 +165,8 @@ fn other_lane(frontend: Frontend) -> Option<Frontend> {
 pub(crate) struct Expected {
     families: Vec<Family>,
     frontends: HashMap<(Option<IpAddr>, Protocol, u16), Vec<Endpoint>>,
+    /// TCP's, and whether they have any endpoint.
+    tcp: HashMap<(Option<IpAddr>, u16), bool>,
     node_addresses: HashSet<IpAddr>,
     /// Every endpoint's address, ready or not, if TCP counts.
     alive: Option<HashSet<IpAddr>>,
@@ -157,10 +181,14 @@ impl Expected {
         tcp: bool,
     ) -> Self {
         let mut frontends: HashMap<_, Vec<Endpoint>> = HashMap::new();
-        let mut node_addresses = HashSet::new();
+        let (mut served, mut node_addresses) = (HashMap::new(), HashSet::new());
         for unit in desired.units() {
             match unit {
-                Unit::Frontend(frontend) if tcp || frontend.protocol != Protocol::Tcp => {
+                Unit::Frontend(frontend) if frontend.protocol == Protocol::Tcp => {
+                    let some = !endpoints(desired.action(&frontend)).is_empty();
+                    *served.entry((frontend.address, frontend.port)).or_default() |= some;
+                }
+                Unit::Frontend(frontend) => {
                     let key = (frontend.address, frontend.protocol, frontend.port);
                     let all = frontends.entry(key).or_default();
                     all.extend_from_slice(endpoints(desired.action(&frontend)));
@@ -172,7 +200,7 @@ impl Expected {
             }
         }
         let alive = tcp.then(|| objects.keys().flat_map(|key| addresses(objects, key)).collect());
-        Self { families: families.to_vec(), frontends, node_addresses, alive }
+        Self { families: families.to_vec(), frontends, tcp: served, node_addresses, alive }
     }
 
     /// Which families there are.
@@ -186,16 +214,22 @@ impl Expected {
         let server = Endpoint { address: reply.source, port: reply.source_port };
         let to = (original.destination, original.destination_port);
         let translated = (server.address, server.port) != to;
-        let known = self.frontends.get(&(Some(to.0), protocol, to.1)).or_else(|| {
-            // What is for this machine itself has no business with a node port's endpoints.
-            let for_node = translated || self.node_addresses.contains(&to.0);
-            self.frontends.get(&(None, protocol, to.1)).filter(|_| for_node)
-        });
-        let Some(endpoints) = known else { return false };
+        // What is for this machine itself has no business with a node port's endpoints.
+        let for_node = translated || self.node_addresses.contains(&to.0);
         if protocol == Protocol::Tcp {
-            let alive = self.alive.as_ref();
-            return translated && alive.is_some_and(|alive| !alive.contains(&server.address));
+            let own = self.tcp.get(&(Some(to.0), to.1));
+            let known = own.or_else(|| self.tcp.get(&(None, to.1)).filter(|_| for_node));
+            return known.is_some_and(|served| match (&self.alive, translated) {
+                (Some(alive), true) => !alive.contains(&server.address),
+                (None, true) => false,
+                (_, false) => *served && !reply.seen,
+            });
         }
+        let known = self
+            .frontends
+            .get(&(Some(to.0), protocol, to.1))
+            .or_else(|| self.frontends.get(&(None, protocol, to.1)).filter(|_| for_node));
+        let Some(endpoints) = known else { return false };
         if endpoints.is_empty() { translated } else { !endpoints.contains(&server) }
     }
 }
@@ -307,6 +341,26 @@ mod tests {
     }
 
     #[test]
+    fn who_tried_tcp_before_there_was_a_service_is_let_in() {
+        let (own, node_port) =
+            (frontend(Protocol::Tcp, Lane::Address), frontend(Protocol::Tcp, Lane::NodePort));
+        let (mut desired, mut tracker) = (Desired::default(), Tracker::of(Family::V4, false));
+        let objects = ServiceTable::default();
+        want(&mut desired, &mut tracker, vec![(own, forward(&[1])), (node_port, forward(&[1]))]);
+        let refused = HashSet::from([Unit::Frontend(own)]);
+        assert_eq!(tracker.settle_except(&desired, &objects, &refused), []);
+        let itself = Endpoint { address: own.address.unwrap(), port: own.port };
+        let stale = Stale { frontend: own, endpoint: Some(itself) };
+        assert!(stale.is_unanswered());
+        assert_eq!(tracker.settle(&desired, &objects), [stale]);
+        // What was refused before was told so, and isn't tracked.
+        for lasts in [&[][..], &[2]] {
+            want(&mut desired, &mut tracker, vec![(own, forward(lasts))]);
+            assert_eq!(tracker.settle(&desired, &objects), []);
+        }
+    }
+
+    #[test]
     fn what_was_refused_goes_on_until_it_is_in_force() {
         let frontend = frontend(Protocol::Udp, Lane::Address);
         let (mut desired, mut tracker) = (Desired::default(), Tracker::of(Family::V4, false));
@@ -371,6 +425,7 @@ mod tests {
             ("the node's own", udp, node, 80, Endpoint { address: node, port: 80 }, true),
             ("TCP to one that is there", tcp, address, 80, endpoint(1), false),
             ("TCP to one that is gone", tcp, address, 80, endpoint(2), true),
+            ("TCP from before the rules", tcp, address, 80, Endpoint { address, port: 80 }, true),
         ];
         for tcp_counts in [false, true] {
             let expected = Expected::of(&desired, &objects, &[Family::V4], tcp_counts);
@@ -382,6 +437,7 @@ mod tests {
                     protocol: protocol.number(),
                     source_port: 1024,
                     destination_port: *destination_port,
+                    seen: true,
                 };
                 let reply = Tuple {
                     source: server.address,
@@ -389,9 +445,10 @@ mod tests {
                     protocol: protocol.number(),
                     source_port: server.port,
                     destination_port: 1024,
+                    seen: (server.address, server.port) != (*destination, *destination_port),
                 };
-                let stale = *stale && (tcp_counts || *protocol != tcp);
-                assert_eq!(expected.is_stale(&original, &reply), stale, "{what}");
+                let counts = tcp_counts || *protocol != tcp || !reply.seen;
+                assert_eq!(expected.is_stale(&original, &reply), *stale && counts, "{what}");
             }
         }
     }

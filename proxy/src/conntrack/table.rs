@@ -22,8 +22,10 @@ const IPCTNL_MSG_CT_GET: u16 = 1;
 const IPCTNL_MSG_CT_DELETE: u16 = 2;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
 const CTA_ID: u16 = 12;
 const CTA_FILTER: u16 = 25;
+const CTA_STATUS_MASK: u16 = 26;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
 const CTA_IP_V4_SRC: u16 = 1;
@@ -35,6 +37,8 @@ const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const CTA_FILTER_REPLY_FLAGS: u16 = 2;
+// `linux/netfilter/nf_conntrack_common.h`
+const IPS_SEEN_REPLY: u32 = 1 << 1;
 // `net/netfilter/nf_conntrack_netlink.c`, `CTA_FILTER_F_*`
 const FILTER_IP_SRC: u32 = 1 << 0;
 const FILTER_IP_DST: u32 = 1 << 1;
@@ -121,6 +125,10 @@ impl ConntrackTable {
                     });
                 });
             }
+            if stale.is_unanswered() {
+                w.bytes_attribute(CTA_STATUS, &0u32.to_be_bytes());
+                w.bytes_attribute(CTA_STATUS_MASK, &IPS_SEEN_REPLY.to_be_bytes());
+            }
             // Unlike most of netfilter's numbers these are in the machine's own order.
             w.nest(CTA_FILTER, |w| {
                 w.bytes_attribute(CTA_FILTER_ORIG_FLAGS, &original.to_ne_bytes());
@@ -131,19 +139,24 @@ impl ConntrackTable {
     }
 
     fn delete_listed(&mut self, family: Family, stale: &[&Stale]) -> io::Result<u64> {
-        let wanted: HashSet<Way> = stale
-            .iter()
-            .map(|s| {
+        let ways = |unanswered: bool| -> HashSet<Way> {
+            let some = stale.iter().filter(|s| s.is_unanswered() == unanswered);
+            some.map(|s| {
                 let endpoint = s.endpoint.map(|e| (e.address, e.port));
                 (s.frontend.address, s.frontend.protocol.number(), s.frontend.port, endpoint)
             })
-            .collect();
+            .collect()
+        };
+        let (unanswered, wanted) = (ways(true), ways(false));
         self.delete_where(family, |original, reply| {
             let endpoint = Some((reply.source, reply.source_port));
             let (protocol, port) = (original.protocol, original.destination_port);
-            [Some(original.destination), None].into_iter().any(|address| {
-                [endpoint, None].into_iter().any(|e| wanted.contains(&(address, protocol, port, e)))
-            })
+            let itself = (Some(original.destination), protocol, port, endpoint);
+            (!reply.seen && unanswered.contains(&itself))
+                || [Some(original.destination), None].into_iter().any(|address| {
+                    let mut ways = [endpoint, None].into_iter();
+                    ways.any(|e| wanted.contains(&(address, protocol, port, e)))
+                })
         })
     }
 
@@ -162,11 +175,13 @@ impl ConntrackTable {
         let mut found: Vec<(Vec<u8>, Option<Vec<u8>>)> = Vec::new();
         self.read_until(sequence, |attributes| {
             let Some(tuple) = attributes.find(CTA_TUPLE_ORIG) else { return };
-            let (Some(original), Some(reply)) =
+            let (Some(original), Some(mut reply)) =
                 (read_tuple(tuple), attributes.find(CTA_TUPLE_REPLY).and_then(read_tuple))
             else {
                 return;
             };
+            let status = attributes.find(CTA_STATUS).and_then(|status| status.first_chunk());
+            reply.seen = status.is_none_or(|s| u32::from_be_bytes(*s) & IPS_SEEN_REPLY != 0);
             if fits(&original, &reply) {
                 found.push((tuple.to_vec(), attributes.find(CTA_ID).map(<[u8]>::to_vec)));
             }
@@ -267,6 +282,8 @@ pub(crate) struct Tuple {
     pub(crate) protocol: u8,
     pub(crate) source_port: u16,
     pub(crate) destination_port: u16,
+    /// Whether packets went that way.
+    pub(crate) seen: bool,
 }
 
 fn read_tuple(bytes: &[u8]) -> Option<Tuple> {
@@ -286,5 +303,6 @@ fn read_tuple(bytes: &[u8]) -> Option<Tuple> {
         protocol: *proto.find(CTA_PROTO_NUM)?.first()?,
         source_port: port(CTA_PROTO_SRC_PORT)?,
         destination_port: port(CTA_PROTO_DST_PORT)?,
+        seen: true,
     })
 }

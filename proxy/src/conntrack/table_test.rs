@@ -100,3 +100,34 @@ fn nothing_but_what_went_the_stale_way_is_forgotten() {
     let two = [(Some(1), 81, None), (Some(2), 80, Some((11, 8080)))];
     assert_eq!(forgotten(Family::V4, Protocol::Sctp, &two), [2, 4].into());
 }
+
+#[test]
+fn of_tcp_to_a_services_own_address_only_what_is_unanswered_is_forgotten() {
+    for family in [Family::V4, Family::V6] {
+        // One way by the kernel's filter, many by a listing.
+        for count in [1, 40] {
+            let host = Namespace::new();
+            let (client, to) = (address(family, 99), address(family, 1));
+            for (source, status) in [(1000, "-u SEEN_REPLY"), (1001, ""), (1002, "")] {
+                let port = if source == 1002 { 81 } else { 80 };
+                host.sh(&format!(
+                    "conntrack -I -p tcp -t 300 --state SYN_SENT {status} -s {client} --sport {source} \
+                     -d {to} --dport {port} -r {to} --reply-port-src {port} -q {client} \
+                     --reply-port-dst {source}"
+                ));
+            }
+            assert_eq!(tracked(&host, family), [0, 1, 2].into());
+            let frontend = Frontend {
+                family,
+                lane: Lane::Address,
+                address: Some(to),
+                protocol: Protocol::Tcp,
+                port: 80,
+            };
+            let stale = Stale { frontend, endpoint: Some(Endpoint { address: to, port: 80 }) };
+            let stale = vec![stale; count];
+            host.run(move || ConntrackTable::open().unwrap().forget(&stale).unwrap());
+            assert_eq!(tracked(&host, family), [0, 2].into(), "{family:?}, {count}");
+        }
+    }
+}
