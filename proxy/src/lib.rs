@@ -23,6 +23,7 @@
 //! The rules stay when the proxy stops, so that Services answer while it is restarted or upgraded;
 //! [`cleanup`] removes them. `README.md` in this crate draws the packet's path.
 
+mod addresses;
 mod backend;
 mod condition;
 mod config;

@@ -295,6 +295,7 @@ impl Proxier {
         };
         let outcome = desired.replace_shared(key, rules, || objects.shared_key(key));
         let unchecked = self.telling.note(key, objects, families);
+        self.telling.health_checks.touched(&outcome.dirty);
         self.changed(&outcome, Some(at));
         problems.extend(reports::conflicts(&outcome.taken));
         if self.telling.told.is_news(About::Plan, key, &problems) {
@@ -357,7 +358,10 @@ impl Proxier {
             metrics.service_changes_pending.set(0);
             metrics.endpoint_changes_pending.set(0);
         }
-        self.telling.tell(metrics, &self.wanted.families);
+        let unchecked = self.telling.tell(metrics, &self.wanted.families, &self.wanted.desired);
+        for (service, problem) in unchecked {
+            self.report(&service, &[problem]);
+        }
     }
 
     fn report(&self, key: &ObjectKey, problems: &[Problem]) {

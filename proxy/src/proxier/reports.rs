@@ -22,7 +22,7 @@ use crate::{
         Family, Problem,
         table::{ServiceTable, WithoutLocal},
     },
-    ruleset::{Frontend, Lane, Unit},
+    ruleset::{Frontend, Lane, Unit, desired::Desired},
 };
 
 /// All that the loop reports to.
@@ -56,10 +56,15 @@ impl Telling {
         self.health_checks.note(key, objects)
     }
 
-    /// Tells.
-    pub(super) fn tell(&mut self, metrics: &Metrics, families: &[Family]) {
+    /// Tells. Whom to tell that its health-check node port is another Service's node port.
+    pub(super) fn tell(
+        &mut self,
+        metrics: &Metrics,
+        families: &[Family],
+        desired: &Desired,
+    ) -> Vec<(ObjectKey, Problem)> {
         self.local.tell(metrics, families);
-        self.health_checks.publish();
+        self.health_checks.publish(desired)
     }
 }
 

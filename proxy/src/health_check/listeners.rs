@@ -1,13 +1,8 @@
-//! Health-check node ports: where load balancers ask whether this node has endpoints of a Service.
-//!
-//! A Service of type LoadBalancer with `externalTrafficPolicy: Local` has one. The loop notes what
-//! each Service wants and publishes it with the commit; a task here opens and closes listeners and
-//! answers from what was published last. A port that can't be had is told by an event on the
-//! Service and tried again.
+//! Where health checks are answered: one listener for each port and address.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
+    future, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -20,123 +15,29 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use keelson_api::{
     backoff::Backoff,
     events::{EventRecorder, EventType},
-    object::ObjectKey,
 };
-use tokio::{net::TcpListener, sync::watch, task::JoinSet};
+use socket2::SockRef;
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::watch,
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
+use super::{Check, Checks};
 use crate::{
+    addresses::{Moves, local_addresses},
     config::NodePortAddresses,
     health::{self, Health},
-    model::{Family, Problem, table::ServiceTable},
+    model::Family,
 };
 
 /// The first and the longest wait before a port that is taken is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How many connections may wait to be taken.
+const BACKLOG: u32 = 128;
 /// The weight that load balancers may give this node: its number of endpoints.
 const WEIGHT: &str = "x-load-balancing-endpoint-weight";
-
-/// What is asked for at one port.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Check {
-    service: ObjectKey,
-    /// The Service's UID, for events.
-    uid: Option<String>,
-    /// Ready endpoints on this node.
-    local: usize,
-}
-
-/// All health-check node ports, and the node's addresses.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Checks {
-    /// Of two Services with one port the older has it.
-    by_port: BTreeMap<u16, Check>,
-    node_addresses: BTreeSet<IpAddr>,
-}
-
-/// The loop's end: what each Service wants.
-#[derive(Debug, Default)]
-pub(crate) struct HealthChecks {
-    services: BTreeMap<ObjectKey, (u16, i64, Check)>,
-    /// Who wants a port, and since when it is there; the first has it.
-    claims: BTreeMap<u16, BTreeSet<(i64, ObjectKey)>>,
-    node_addresses: BTreeSet<IpAddr>,
-    changed: bool,
-    published: Option<watch::Sender<Arc<Checks>>>,
-}
-
-impl HealthChecks {
-    /// Publishes here.
-    pub(crate) fn new(published: watch::Sender<Arc<Checks>>) -> Self {
-        Self { published: Some(published), ..Self::default() }
-    }
-
-    /// Looks at a Service again. Whom to tell that it doesn't get its port, if that is news.
-    pub(crate) fn note(
-        &mut self,
-        key: &ObjectKey,
-        objects: &ServiceTable,
-    ) -> Option<(ObjectKey, Problem)> {
-        let wanted = objects.health_check_port(key).map(|port| {
-            let uid = objects.uid(key);
-            let check = Check { service: key.clone(), uid, local: objects.local_ready(key) };
-            (port, objects.created(key), check)
-        });
-        let before = match wanted.clone() {
-            Some(wanted) => self.services.insert(key.clone(), wanted),
-            None => self.services.remove(key),
-        };
-        self.changed |= before != wanted;
-        let claim = |(port, created, _): &(u16, i64, Check)| (*port, (*created, key.clone()));
-        let (before, now) = (before.as_ref().map(claim), wanted.as_ref().map(claim));
-        if before == now {
-            return None;
-        }
-        if let Some((port, claim)) = before
-            && let Some(claims) = self.claims.get_mut(&port)
-        {
-            claims.remove(&claim);
-            if claims.is_empty() {
-                self.claims.remove(&port);
-            }
-        }
-        let (port, claim) = now?;
-        let claims = self.claims.entry(port).or_default();
-        let owner = claims.first().cloned();
-        claims.insert(claim.clone());
-        let (older, younger) = match owner? {
-            owner if owner < claim => (owner.1, claim.1),
-            owner => (claim.1, owner.1),
-        };
-        let message = format!("health check node port {port} is that of the older Service {older}");
-        Some((younger, Problem::new("PortConflict", message)))
-    }
-
-    /// Takes in the node's addresses.
-    pub(crate) fn set_node_addresses(&mut self, addresses: &[IpAddr]) {
-        let addresses = addresses.iter().copied().collect();
-        self.changed |= self.node_addresses != addresses;
-        self.node_addresses = addresses;
-    }
-
-    /// Takes over the node's addresses from where they were noted first.
-    pub(crate) fn take_node_addresses(&mut self, other: &mut Self) {
-        self.node_addresses = std::mem::take(&mut other.node_addresses);
-    }
-
-    /// Hands on what was noted.
-    pub(crate) fn publish(&mut self) {
-        let Some(published) = self.published.as_ref().filter(|_| self.changed) else { return };
-        let owners = self.claims.iter().filter_map(|(port, claims)| {
-            let (_, owner) = claims.first()?;
-            Some((*port, self.services.get(owner)?.2.clone()))
-        });
-        let by_port = owners.collect();
-        let checks = Checks { by_port, node_addresses: self.node_addresses.clone() };
-        published.send_replace(Arc::new(checks));
-        self.changed = false;
-    }
-}
 
 /// What the listeners' task needs.
 pub(crate) struct Listening {
@@ -154,6 +55,7 @@ pub(crate) async fn listen(listening: Listening, shutdown: CancellationToken) {
     let mut checks = listening.checks.clone();
     let mut open: BTreeMap<(u16, SocketAddr), CancellationToken> = BTreeMap::new();
     let mut tasks = JoinSet::new();
+    let mut moves = looks_at_interfaces(&listening.addresses).then(Moves::default);
     loop {
         let wanted: BTreeSet<(u16, SocketAddr)> = {
             let now = checks.borrow_and_update().clone();
@@ -178,6 +80,7 @@ pub(crate) async fn listen(listening: Listening, shutdown: CancellationToken) {
         }
         tokio::select! {
             changed = checks.changed() => if changed.is_err() { break },
+            () = moved(moves.as_mut()) => {}
             Some(_) = tasks.join_next() => {}
             () = shutdown.cancelled() => break,
         }
@@ -202,31 +105,37 @@ fn listening_addresses(
                 let mut all = ranges.iter().filter(|range| Family::of(range.addr()) == family);
                 families.contains(&family) && all.any(|range| range.prefix_len() == 0)
             };
+            let in_ranges = |family| {
+                let own = local_addresses().into_iter().filter(move |a| Family::of(*a) == family);
+                own.filter(|a| served(a) && ranges.iter().any(|range| range.contains(a)))
+            };
             match (whole(Family::V4), whole(Family::V6)) {
                 // The one listener takes both.
                 (_, true) => vec![Ipv6Addr::UNSPECIFIED.into()],
-                (true, false) => vec![Ipv4Addr::UNSPECIFIED.into()],
-                (false, false) => local_addresses()
-                    .into_iter()
-                    .filter(|a| served(a) && ranges.iter().any(|range| range.contains(a)))
-                    .collect(),
+                (true, false) => {
+                    let all = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+                    std::iter::once(all).chain(in_ranges(Family::V6)).collect()
+                }
+                (false, false) => in_ranges(Family::V4).chain(in_ranges(Family::V6)).collect(),
             }
         }
     }
 }
 
-fn local_addresses() -> BTreeSet<IpAddr> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return BTreeSet::new() };
-    interfaces
-        .filter_map(|interface| {
-            let address = interface.address?;
-            match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
-                (Some(v4), _) => Some(IpAddr::V4(v4.ip())),
-                (_, Some(v6)) => Some(IpAddr::V6(v6.ip())),
-                _ => None,
-            }
-        })
-        .collect()
+/// Whether the addresses to listen on are those of interfaces that are in some ranges.
+fn looks_at_interfaces(configured: &NodePortAddresses) -> bool {
+    match configured {
+        NodePortAddresses::Primary => false,
+        NodePortAddresses::Ranges(ranges) => ranges.iter().any(|range| range.prefix_len() > 0),
+    }
+}
+
+/// Waits until there may be other addresses, if that matters.
+async fn moved(moves: Option<&mut Moves>) {
+    match moves {
+        Some(moves) => moves.wait().await,
+        None => future::pending().await,
+    }
 }
 
 /// Answers at one address and port until it is closed.
@@ -234,7 +143,7 @@ async fn serve(listening: Arc<Listening>, port: u16, at: SocketAddr, close: Canc
     let mut backoff = Backoff::new(RETRY.0, RETRY.1);
     let mut told = false;
     let listener = loop {
-        match bind(at).await {
+        match bind(at, &listening.addresses).await {
             Ok(listener) => break listener,
             Err(error) => {
                 if !told {
@@ -257,7 +166,19 @@ async fn serve(listening: Arc<Listening>, port: u16, at: SocketAddr, close: Canc
 }
 
 /// Where the kernel has no IPv6, all addresses are those of IPv4.
-async fn bind(at: SocketAddr) -> io::Result<TcpListener> {
+async fn bind(at: SocketAddr, configured: &NodePortAddresses) -> io::Result<TcpListener> {
+    if !at.ip().is_unspecified() {
+        let socket = if at.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        // One that an interface has just got may not be there for sockets yet.
+        if looks_at_interfaces(configured) && at.is_ipv4() {
+            SockRef::from(&socket).set_freebind_v4(true)?;
+        } else if looks_at_interfaces(configured) {
+            SockRef::from(&socket).set_freebind_v6(true)?;
+        }
+        socket.bind(at)?;
+        return socket.listen(BACKLOG);
+    }
     match TcpListener::bind(at).await {
         Err(error)
             if at.ip() == Ipv6Addr::UNSPECIFIED && error.kind() != io::ErrorKind::AddrInUse =>
@@ -302,51 +223,48 @@ fn page(check: Option<&Check>, keeps_up: bool) -> Response<Full<Bytes>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use keelson_api::object::ObjectKey;
 
-    fn balanced(created: i64, port: u16) -> crate::model::objects::Service {
-        let object = serde_json::json!({
-            "metadata": {"creationTimestamp": jiff::Timestamp::from_second(created).unwrap().to_string()},
-            "spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.1", "healthCheckNodePort": port,
-                     "externalTrafficPolicy": "Local", "ports": [{"port": 80}]},
-        });
-        let object = serde_json::from_value(object).unwrap();
-        crate::model::objects::Service::read(&object).0.unwrap()
-    }
+    use super::*;
+    use crate::{netns::Namespace, until::until};
 
     #[test]
-    fn the_older_service_has_a_port_the_younger_is_told_once_and_takes_over() {
-        let (old, new) = (ObjectKey::new("d", "z-old"), ObjectKey::new("d", "a-new"));
-        for order in [[(&old, 1), (&new, 2)], [(&new, 2), (&old, 1)]] {
-            let (published, mut checks) = watch::channel(Arc::default());
-            let (mut health, mut objects) = (HealthChecks::new(published), ServiceTable::default());
-            let mut told = Vec::new();
-            for (key, created) in order {
-                objects.set_service(key, Some(balanced(created, 30_100)));
-                told.extend(health.note(key, &objects));
-                assert_eq!(health.note(key, &objects), None, "it is no news");
-            }
-            let [(younger, problem)] = &told[..] else { panic!("{told:?}") };
-            assert_eq!((younger, problem.reason), (&new, "PortConflict"));
-            assert_eq!(
-                problem.message,
-                "health check node port 30100 is that of the older Service d/z-old"
-            );
-            let mut owner = |health: &mut HealthChecks| {
-                health.publish();
-                checks.borrow_and_update().by_port.get(&30_100).map(|c| c.service.clone())
-            };
-            assert_eq!(owner(&mut health), Some(old.clone()));
-            objects.set_service(&old, Some(balanced(1, 30_101)));
-            assert_eq!(health.note(&old, &objects), None);
-            assert_eq!(owner(&mut health), Some(new.clone()));
-            for key in [&new, &old] {
-                objects.set_service(key, None);
-                health.note(key, &objects);
-            }
-            assert_eq!(owner(&mut health), None);
-            assert!(health.claims.is_empty() && health.services.is_empty());
-        }
+    fn an_address_that_comes_later_answers_too() {
+        let host = Namespace::new();
+        let check = Check { service: ObjectKey::new("d", "s"), uid: None, local: 1 };
+        let by_port = BTreeMap::from([(30_100, check)]);
+        let (_published, checks) =
+            watch::channel(Arc::new(Checks { by_port, ..Checks::default() }));
+        let ranges = ["192.0.2.0/24", "2001:db8::/64"].map(|range| range.parse().unwrap());
+        let families = vec![Family::V4, Family::V6];
+        let listening = Listening {
+            checks,
+            addresses: NodePortAddresses::Ranges(ranges.into()),
+            health: Health::new(&families, Duration::from_secs(30)),
+            families,
+            events: EventRecorder::discard(),
+        };
+        let shutdown = CancellationToken::new();
+        let stopping = shutdown.clone();
+        // A thread begins in the namespace of the one that starts it.
+        let running = host.run(move || {
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                runtime.unwrap().block_on(listen(listening, stopping));
+            })
+        });
+        let listens = |at: &str| host.sh("ss -Hltn").contains(at);
+        host.sh("ip address add 192.0.2.1/24 dev lo");
+        until("the first one answers", || listens("192.0.2.1:30100"));
+        host.sh("ip address add 192.0.2.2/24 dev lo; ip address add 2001:db8::2/64 dev lo");
+        host.sh("ip address add 198.51.100.1/24 dev lo");
+        until("later ones too", || listens("192.0.2.2:30100") && listens("[2001:db8::2]:30100"));
+        assert!(!listens("198.51.100.1:30100"), "it is in no range");
+        host.sh("ip address del 192.0.2.2/24 dev lo");
+        until("and none that is gone", || !listens("192.0.2.2:30100"));
+        assert!(listens("192.0.2.1:30100"));
+        shutdown.cancel();
+        running.join().unwrap();
     }
 
     #[test]
@@ -373,6 +291,7 @@ mod tests {
             (NodePortAddresses::Primary, v4, &["192.0.2.1"]),
             (ranges(&["0.0.0.0/0", "::/0"]), both, &["::"]),
             (ranges(&["0.0.0.0/0", "::/0"]), v4, &["0.0.0.0"]),
+            (ranges(&["0.0.0.0/0", "::1/128"]), both, &["0.0.0.0", "::1"]),
             (ranges(&["203.0.113.0/24"]), both, &[]),
         ];
         for (configured, families, expected) in table {
