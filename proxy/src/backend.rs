@@ -148,6 +148,8 @@ pub(crate) struct Applied {
     pub(crate) forget: Vec<Forget>,
     /// What was refused; the old state of these stays, all others are written.
     pub(crate) refused: Vec<(Unit, BackendError)>,
+    /// Whether it came out that another program had changed the rules, which are mended now.
+    pub(crate) drifted: bool,
     /// Where rules are in tables that others have a part in: how many in each.
     pub(crate) tables: Vec<TableRules>,
 }

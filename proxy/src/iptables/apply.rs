@@ -16,6 +16,7 @@ use super::{
     counters::Counters,
     held::{Delta, Held, Jump, Next, Present},
     observe,
+    parts::is_nobodys,
     program::{Programs, has_legacy_tables},
     restore::Script,
     rule::Rule,
@@ -34,17 +35,19 @@ pub(super) const COMMENTED_MAX: usize = 1_000;
 /// Lets node ports answer on loopback addresses.
 const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
 /// A chain for trying what the kernel takes; nothing ever goes through it.
-const PROBE: &str = "KUBE-PROXY-PROBE";
+pub(super) const PROBE: &str = "KUBE-PROXY-PROBE";
 
 /// The proxy's rules in one family.
 #[derive(Debug)]
 pub(crate) struct Rules {
-    settings: Settings,
+    pub(super) settings: Settings,
     pub(super) programs: Arc<Programs>,
     held: Arc<Mutex<Held>>,
-    node: Vec<IpAddr>,
+    pub(super) node: Vec<IpAddr>,
     commented: bool,
     random_fully: bool,
+    /// A change that was refused has shown that others changed the rules; it isn't told yet.
+    drifted: bool,
 }
 
 impl Rules {
@@ -63,6 +66,7 @@ impl Rules {
             node: Vec::new(),
             commented: true,
             random_fully: true,
+            drifted: false,
         })
     }
 
@@ -95,11 +99,11 @@ impl Rules {
         Counters::new(Arc::clone(&self.programs))
     }
 
-    fn held(&self) -> MutexGuard<'_, Held> {
+    pub(super) fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn observe(&self) -> Result<(), BackendError> {
+    pub(super) fn observe(&self) -> Result<(), BackendError> {
         let present = read(&self.programs)?;
         self.held().observed(present);
         Ok(())
@@ -110,13 +114,13 @@ impl Rules {
     }
 
     /// Brings these Services in line; `whole`, if all that they share is to be looked at too.
-    fn commit(
+    pub(super) fn commit(
         &mut self,
         keys: &BTreeSet<Arc<ObjectKey>>,
         whole: Whole,
         goal: Goal<'_>,
         applied: &mut Applied,
-    ) -> Result<(), BackendError> {
+    ) -> Result<(), Refusal> {
         let mut services = self.render(keys.iter().cloned(), goal);
         let commented = self.held().endpoints_after(&services) <= COMMENTED_MAX;
         let mut whole = whole;
@@ -140,7 +144,9 @@ impl Rules {
         let input = script.text();
         if !input.is_empty() {
             held.version += 1;
-            self.programs.restore(input)?;
+            if let Err(error) = self.programs.restore(input) {
+                return Err(Refusal { error, change: Box::new(delta) });
+            }
         }
         applied.elements += script.rules();
         held.enter(next, delta);
@@ -162,68 +168,6 @@ impl Rules {
             (key, (!empty).then_some(rendered))
         })
         .collect()
-    }
-
-    /// Finds those among these Services that the kernel refuses.
-    fn culprits(
-        &mut self,
-        keys: &BTreeSet<Arc<ObjectKey>>,
-        goal: Goal<'_>,
-        applied: &mut Applied,
-    ) -> Result<Vec<(Arc<ObjectKey>, BackendError)>, BackendError> {
-        self.observe()?;
-        let Err(error) = self.commit(keys, Whole::Base, goal, applied) else {
-            return Ok(Vec::new());
-        };
-        match keys.len() {
-            _ if is_nobodys(&error) => Err(error),
-            0 => Err(error),
-            1 => Ok(keys.iter().map(Arc::clone).zip([error]).collect()),
-            count => {
-                let half: Vec<_> = keys.iter().cloned().collect();
-                let (first, second) = half.split_at(count / 2);
-                let mut found = Vec::new();
-                for part in [first, second] {
-                    found.extend(self.culprits(&part.iter().cloned().collect(), goal, applied)?);
-                }
-                Ok(found)
-            }
-        }
-    }
-
-    fn bring_all_in_line(&mut self, goal: Goal<'_>) -> Result<Applied, BackendError> {
-        let mut applied = Applied::default();
-        self.node = node_addresses(goal.desired, self.settings.family);
-        self.observe()?;
-        if self.held().present.is_empty() {
-            applied.rebuilt = Some("there were no rules".to_owned());
-        }
-        let mut keys: BTreeSet<Arc<ObjectKey>> =
-            goal.objects.keys().map(|key| Arc::new(key.clone())).collect();
-        if let Err(error) = self.commit(&keys, Whole::Swept, goal, &mut applied) {
-            if is_nobodys(&error) {
-                return Err(error);
-            }
-            tracing::warn!(%error, "iptables refused the rules as a whole; writing them in parts");
-            // Without any Service it has to work, or nothing does.
-            self.culprits(&BTreeSet::new(), goal, &mut applied)?;
-            for (key, error) in self.culprits(&keys, goal, &mut applied)? {
-                keys.remove(&key);
-                let message = error.to_string();
-                let program = self.programs.version.clone();
-                for unit in units_of(&key, goal.desired, self.settings.family) {
-                    let (program, message) = (program.clone(), message.clone());
-                    applied.refused.push((unit, BackendError::Program { program, message }));
-                }
-            }
-            self.observe()?;
-            // Old chains of what was refused stay, and nobody knows which these are. If nothing was,
-            // then a chain could not be removed, as a foreign rule leads to it.
-            let rest = if applied.refused.is_empty() { Whole::Emptied } else { Whole::Base };
-            self.commit(&keys, rest, goal, &mut applied)?;
-        }
-        self.route_localnet();
-        Ok(applied)
     }
 
     /// Has node ports answer on loopback, if that is wanted: what needs more rights than writing
@@ -255,7 +199,7 @@ impl Rules {
     }
 
     /// After the rules that guard against its misuse are in force, and never without them.
-    fn route_localnet(&self) {
+    pub(super) fn route_localnet(&self) {
         if !self.settings.node_ports_on_loopback() {
             return;
         }
@@ -281,23 +225,16 @@ impl Applied {
     }
 }
 
-/// What iptables says where others hold its lock for too long; its status says the same of rules
-/// that the kernel refuses.
-const LOCKED: &str = "xtables lock";
-
-/// Whether it is no Service's fault, so that nothing is gained by writing others without it: a
-/// program can't be run, or others hold the lock.
-fn is_nobodys(error: &BackendError) -> bool {
-    match error {
-        BackendError::Io { .. } => true,
-        BackendError::Busy { message, .. } => message.contains(LOCKED),
-        _ => false,
-    }
+/// A change that iptables refused.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) error: BackendError,
+    pub(super) change: Box<Delta>,
 }
 
 /// How much is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Whole {
+pub(super) enum Whole {
     /// Some Services.
     No,
     /// What all share too.
@@ -314,7 +251,9 @@ impl Backend for Rules {
     }
 
     fn synchronize(&mut self, goal: Goal<'_>) -> Result<Applied, BackendError> {
-        self.bring_all_in_line(goal)
+        self.observe()?;
+        let applied = self.bring_all_in_line(goal)?;
+        Ok(Applied { drifted: std::mem::take(&mut self.drifted), ..applied })
     }
 
     fn apply(&mut self, units: &[Unit], goal: Goal<'_>) -> Result<Applied, BackendError> {
@@ -339,16 +278,21 @@ impl Backend for Rules {
             return Ok(Applied::default());
         }
         if self.held().version == 0 {
-            return self.bring_all_in_line(goal);
+            return self.synchronize(goal);
         }
         let mut applied = Applied::default();
         match self.commit(&keys, whole, goal, &mut applied) {
             Ok(()) => Ok(applied),
-            Err(error) if is_nobodys(&error) => Err(error),
+            Err(Refusal { error, .. }) if is_nobodys(&error) => Err(error),
             // Somebody may have edited the rules: look before blaming a Service.
-            Err(error) => {
+            Err(Refusal { error, change }) => {
                 tracing::warn!(%error, "iptables refused a change; reading back what is there");
-                self.bring_all_in_line(goal)
+                let present = read(&self.programs)?;
+                let expected = self.held().present.may_become(&change, &present);
+                self.drifted |= !expected;
+                self.held().observed(present);
+                let applied = self.bring_all_in_line(goal)?;
+                Ok(Applied { drifted: std::mem::take(&mut self.drifted), ..applied })
             }
         }
     }
@@ -450,14 +394,6 @@ pub(super) fn node_addresses(desired: &Desired, family: Family) -> Vec<IpAddr> {
         .collect();
     node.sort_unstable();
     node
-}
-
-fn units_of(key: &ObjectKey, desired: &Desired, family: Family) -> Vec<Unit> {
-    desired
-        .units()
-        .filter(|unit| unit.family() == family)
-        .filter(|unit| matches!(unit, Unit::Frontend(f) if desired.owner(f) == Some(key)))
-        .collect()
 }
 
 /// Interfaces' names are the only text of the configuration that gets into rules.

@@ -10,7 +10,7 @@ use keelson_api::object::ObjectKey;
 
 use super::{
     base::{Base, BaseChain, CHAINS, Guest},
-    chain::{OwnChain, Place, Table},
+    chain::{Kind, OwnChain, Place, Table},
     service::Rendered,
 };
 use crate::ruleset::Frontend;
@@ -55,7 +55,7 @@ impl Contents {
 }
 
 /// Lines in a chain that Services share.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Lines {
     pub(crate) set: HashSet<Arc<str>>,
     /// A line stands twice, or not where it should.
@@ -63,7 +63,7 @@ pub(crate) struct Lines {
 }
 
 /// What is in the kernel.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Present {
     pub(crate) own: HashMap<OwnChain, Content>,
     pub(crate) base: HashMap<(Table, &'static str), Content>,
@@ -95,7 +95,7 @@ pub(crate) struct Next {
     pub(crate) base: Option<Base>,
     /// Services; `None` if one is gone.
     pub(crate) services: Vec<(Arc<ObjectKey>, Option<Rendered>)>,
-    /// Whether what is there and isn't named above has to go.
+    /// Whether what is there and isn't named above has to go, but for that of refused Services.
     pub(crate) sweep: bool,
 }
 
@@ -138,6 +138,8 @@ struct Entry {
     lines: Box<[(Place, Arc<str>)]>,
     frontends: Box<[Frontend]>,
     endpoints: usize,
+    /// These are old rules of a Service whose new ones were refused.
+    refused: bool,
 }
 
 /// What is in the kernel, and whose it is.
@@ -157,9 +159,9 @@ impl Held {
         self.frontends.get(frontend)
     }
 
-    /// All Services that have something there.
+    /// All Services that have something there, but those whose new rules were refused.
     pub(crate) fn services(&self) -> impl Iterator<Item = &Arc<ObjectKey>> {
-        self.services.keys()
+        self.services.iter().filter_map(|(key, entry)| (!entry.refused).then_some(key))
     }
 
     /// How many frontends are in force.
@@ -181,6 +183,39 @@ impl Held {
         self.present = present;
         self.services.clear();
         self.endpoints = 0;
+    }
+
+    /// Has a Service whose new rules were refused keep its old ones: all of its lines, and these
+    /// chains. `desired` are its frontends, in case it has rules of an earlier run.
+    pub(crate) fn keep(
+        &mut self,
+        service: &Arc<ObjectKey>,
+        chains: BTreeSet<OwnChain>,
+        desired: impl Iterator<Item = Frontend>,
+    ) {
+        let lines: Vec<_> = self.present.lines_of(service).collect();
+        let known = self.frontends.iter().filter(|(_, owner)| *owner == service);
+        let mut frontends: Vec<Frontend> = known.map(|(frontend, _)| *frontend).collect();
+        if frontends.is_empty() && !lines.is_empty() {
+            frontends = desired.filter(|f| !self.frontends.contains_key(f)).collect();
+            let owned = frontends.iter().map(|frontend| (*frontend, Arc::clone(service)));
+            self.frontends.extend(owned);
+        }
+        let entry = Entry {
+            endpoints: chains.iter().filter(|chain| chain.kind() == Kind::Endpoint).count(),
+            chains: chains.into_iter().collect(),
+            lines: lines.into(),
+            frontends: frontends.into(),
+            refused: true,
+        };
+        self.endpoints += entry.endpoints;
+        if let Some(before) = self.services.insert(Arc::clone(service), entry) {
+            self.endpoints -= before.endpoints;
+        }
+    }
+
+    fn refused(&self) -> impl Iterator<Item = &Entry> {
+        self.services.values().filter(|entry| entry.refused)
     }
 
     /// All of it was taken away.
@@ -228,10 +263,15 @@ impl Held {
                 continue;
             };
             if next.sweep {
+                let kept: HashSet<&Arc<str>> = self
+                    .refused()
+                    .flat_map(|entry| &entry.lines)
+                    .filter_map(|(at, line)| (*at == place).then_some(line))
+                    .collect();
                 let mut gone: Vec<_> = present
                     .set
                     .iter()
-                    .filter(|line| !wanted.contains(&(place, *line)))
+                    .filter(|line| !wanted.contains(&(place, *line)) && !kept.contains(line))
                     .cloned()
                     .collect();
                 gone.sort_unstable();
@@ -287,6 +327,7 @@ impl Held {
             }));
         }
         if next.sweep {
+            wanted.extend(self.refused().flat_map(|entry| &entry.chains));
             delta.gone = self.present.own.keys().filter(|c| !wanted.contains(c)).copied().collect();
             delta.gone.sort_unstable();
             delta.outdated.clone_from(&self.present.outdated);
@@ -310,7 +351,8 @@ impl Held {
         // First all that goes: a frontend may move from one Service to another.
         for frontend in touched {
             let owner = self.frontends.get(&frontend);
-            if owner.is_some_and(|owner| next.sweep || keys.contains(owner)) {
+            let refused = |owner| self.services.get(owner).is_some_and(|entry| entry.refused);
+            if owner.is_some_and(|owner| keys.contains(owner) || (next.sweep && !refused(owner))) {
                 self.frontends.remove(&frontend);
             }
         }
@@ -321,6 +363,7 @@ impl Held {
                 chains: rendered.chains.into_keys().collect(),
                 lines: rendered.lines.into_iter().collect(),
                 frontends: rendered.frontends.iter().copied().collect(),
+                refused: false,
             };
             let owned = rendered.frontends.into_iter().map(|f| (f, Arc::clone(&key)));
             self.frontends.extend(owned);
@@ -383,7 +426,7 @@ impl Present {
         }
     }
 
-    fn enter(&mut self, delta: Delta) {
+    pub(super) fn enter(&mut self, delta: Delta) {
         for chain in delta.chains {
             let content = Content::of(chain.rules.iter().map(|rule| &**rule));
             self.base.insert((chain.table, chain.name), content);
@@ -421,22 +464,15 @@ impl Present {
         }
     }
 
-    /// A number that tells two states from each other, whatever the order of lines.
-    pub(crate) fn digest(&self) -> u64 {
-        fn hashed(thing: impl Hash) -> u64 {
-            let mut hasher = DefaultHasher::new();
-            thing.hash(&mut hasher);
-            hasher.finish()
-        }
-        let mut sum = hashed(&self.tail);
-        let mut add = |number: u64| sum = sum.wrapping_add(number);
-        self.own.iter().for_each(|entry| add(hashed(entry)));
-        self.base.iter().for_each(|entry| add(hashed(entry)));
-        self.guests.iter().for_each(|guest| add(hashed(guest)));
-        for (place, lines) in &self.places {
-            add(hashed((place, lines.disorderly)));
-            lines.set.iter().for_each(|line| add(hashed((place, line))));
-        }
-        sum
+    /// The lines in shared chains that say in their comment that they are this Service's.
+    pub(super) fn lines_of(&self, service: &ObjectKey) -> impl Iterator<Item = (Place, Arc<str>)> {
+        let name = format!("--comment \"{service}");
+        self.places.iter().flat_map(move |(place, lines)| {
+            let own = lines.set.iter().filter(|line| {
+                let rest = line.split_once(&*name).map(|(_, rest)| rest);
+                rest.is_some_and(|rest| rest.starts_with([' ', ':', '"']))
+            });
+            own.map(|line| (*place, Arc::clone(line))).collect::<Vec<_>>()
+        })
     }
 }

@@ -10,7 +10,8 @@
 //! [`chain`] derives the names, which are kube-proxy's, since other tools look for them; [`rule`]
 //! writes a rule just as `iptables-save` prints it, so that what is there can be compared with what
 //! should be; [`service`] and [`base`] are pure; [`held`] plans the difference; [`observe`] reads
-//! what is there; [`apply`] writes, with [`program`]; [`canary`] notices when others write;
+//! what is there; [`apply`] writes, with [`program`], and in [`parts`] what is refused as a whole;
+//! [`canary`] notices when others write, by [`digest`];
 //! [`counters`] reads how many packets met a rule; [`text`] shows all rules without a kernel.
 //!
 //! ```text
@@ -33,14 +34,18 @@ pub(crate) mod canary;
 pub(crate) mod chain;
 mod compare;
 pub(crate) mod counters;
+mod digest;
 pub(crate) mod held;
 pub(crate) mod observe;
+mod parts;
 pub(crate) mod program;
 pub(crate) mod restore;
 pub(crate) mod rule;
 pub(crate) mod service;
 pub(crate) mod text;
 
+#[cfg(test)]
+mod drift_test;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]

@@ -10,6 +10,7 @@ use crate::{
     DetectLocal, Mode, ProxyConfig,
     backend::{Applied, Backend, Goal},
     conntrack::{ConntrackTable, stale::Tracker},
+    iptables::{self, Variant},
     model::{
         Family, Problem,
         objects::{Place, Service, Slice},
@@ -30,7 +31,13 @@ pub(super) fn config(mode: Mode) -> ProxyConfig {
 }
 
 /// Opens the backend of one family, in the namespace of the calling thread.
-fn open(config: &ProxyConfig, family: Family) -> Box<dyn Backend> {
+fn open(config: &ProxyConfig, family: Family, variant: Variant) -> Box<dyn Backend> {
+    if variant != Variant::Host {
+        let settings = iptables::Settings { variant, ..start::settings(config, family) };
+        let mut rules = iptables::Rules::open(settings).unwrap();
+        rules.probe().unwrap();
+        return Box::new(rules);
+    }
     let config = ProxyConfig { families: vec![family], ..config.clone() };
     let mut chosen = start::choose(&config).unwrap();
     assert_eq!(chosen.mode, config.mode);
@@ -57,6 +64,16 @@ pub(super) struct Proxy<'a> {
 impl<'a> Proxy<'a> {
     /// A proxy that knows of nothing but the node's address. What the kernel holds is compared.
     pub(super) fn start(host: &'a Namespace, config: &ProxyConfig, family: Family) -> Self {
+        Self::start_by(Variant::Host, host, config, family)
+    }
+
+    /// As [`Self::start`], in the iptables mode by one of the two programs of that name.
+    pub(super) fn start_by(
+        variant: Variant,
+        host: &'a Namespace,
+        config: &ProxyConfig,
+        family: Family,
+    ) -> Self {
         let runtime = host.run(|| {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()
         });
@@ -64,7 +81,7 @@ impl<'a> Proxy<'a> {
         let (opened, entered) = (config.clone(), Arc::clone(&runtime));
         let backend = host.run(move || {
             let _guard = entered.enter();
-            open(&opened, family)
+            open(&opened, family, variant)
         });
         let mut desired = Desired::default();
         let node = ServiceRules {

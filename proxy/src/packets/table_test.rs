@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     Mode,
+    iptables::Variant,
     model::{Family, Protocol},
 };
 
@@ -29,8 +30,19 @@ fn every_feature_does_as_documented(mode: Mode, family: Family) {
     run_table(mode, family, &[Protocol::Tcp, Protocol::Udp]);
 }
 
+#[test]
+fn every_feature_does_as_documented_by_iptables_legacy_too() {
+    for family in [Family::V4, Family::V6] {
+        run_table_by(Variant::Legacy, Mode::Iptables, family, &[Protocol::Tcp, Protocol::Udp]);
+    }
+}
+
 /// Asks every question by each of these protocols.
 pub(super) fn run_table(mode: Mode, family: Family, protocols: &[Protocol]) {
+    run_table_by(Variant::Host, mode, family, protocols);
+}
+
+fn run_table_by(variant: Variant, mode: Mode, family: Family, protocols: &[Protocol]) {
     let net = Net::new();
     let mut failures = Vec::new();
     let mut running: Option<(crate::ProxyConfig, Proxy<'_>)> = None;
@@ -43,7 +55,7 @@ pub(super) fn run_table(mode: Mode, family: Family, protocols: &[Protocol]) {
                 if let Some((_, proxy)) = other {
                     proxy.clear();
                 }
-                let proxy = Proxy::start(&net.host, &wanted, family);
+                let proxy = Proxy::start_by(variant, &net.host, &wanted, family);
                 proxy.synchronize();
                 proxy
             }

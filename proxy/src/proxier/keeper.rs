@@ -11,7 +11,7 @@ use std::{
 use jiff::Timestamp;
 use keelson_api::{backoff::Backoff, object::ObjectKey};
 
-use super::reports::{Refusals, Reports, refused, written};
+use super::reports::{Refusals, Reports, drifted, refused, written};
 use crate::{
     backend::{Applied, Backend, Forget, Goal, Stale},
     conntrack::stale::Tracker,
@@ -213,6 +213,9 @@ impl Keeper {
             Ok(applied) => {
                 written(reports, family, full, took, &applied);
                 reports.metrics.holds(family, self.backend.units());
+                if applied.drifted {
+                    drifted(reports, family, "refusal");
+                }
                 let named = (!full).then_some(&units[..]);
                 refused(reports, goal, &mut self.told, named, &applied);
                 self.note_refused(&units, full, &applied, now + took, took);

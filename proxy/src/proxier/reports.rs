@@ -153,6 +153,16 @@ pub(super) fn written(
     }
 }
 
+/// Tells that a commit met, and mended, what another program had changed.
+pub(super) fn drifted(reports: &Reports, family: Family, cause: &'static str) {
+    tracing::warn!(
+        cause,
+        family = family.as_str(),
+        "another program had changed the proxy's rules; they are mended"
+    );
+    reports.metrics.drifted(cause);
+}
+
 /// What there is to tell of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum About {

@@ -37,6 +37,8 @@ pub(super) struct Script {
     pub(super) refuses: HashSet<u16>,
     /// Ports that are never served.
     pub(super) never: HashSet<u16>,
+    /// A write meets what another program has changed.
+    pub(super) drifted: bool,
     /// How long each call takes.
     pub(super) takes: Duration,
     /// Which generation the kernel's tables have, if it tells.
@@ -72,7 +74,11 @@ impl Fake {
             let (program, message) = ("fake".to_owned(), "as told".to_owned());
             return Err(BackendError::Program { program, message });
         }
-        let mut applied = Applied { forget: script.forgets.clone(), ..Applied::default() };
+        let mut applied = Applied {
+            forget: script.forgets.clone(),
+            drifted: script.drifted,
+            ..Applied::default()
+        };
         for unit in units.iter().filter(|unit| unit.family() == self.family) {
             let Unit::Frontend(frontend) = unit else { continue };
             let (program, message) = ("fake".to_owned(), "refused".to_owned());

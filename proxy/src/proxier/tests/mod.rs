@@ -172,6 +172,11 @@ fn drift_is_mended_in_every_family_and_counted_once() {
     trial.take_in(ChangeKind::Drift("overflow"));
     trial.commit();
     assert_eq!(trial.calls(Family::V4), [Call::All]);
+
+    // What nobody was heard doing, and got in the way of a change.
+    trial.script(Family::V4).drifted = true;
+    trial.serve("web", 2);
+    assert!(trial.metric("keelson_proxy_drift_total{cause=\"refusal\"} 1"));
 }
 
 #[test]
