@@ -287,7 +287,8 @@ pub(crate) struct ProxyArgs {
     /// Print the rules for the objects of --services, and touch nothing
     #[arg(long, requires = "services")]
     pub(crate) dry_run: bool,
-    /// Files and folders with Services, EndpointSlices and the Node, in YAML or JSON
+    /// Files and folders with Services, EndpointSlices and the Node, in YAML or JSON; `-` for
+    /// standard input
     #[arg(long, value_name = "PATH", num_args = 1.., requires = "dry_run")]
     pub(crate) services: Vec<PathBuf>,
     /// With --dry-run: ipv4 or ipv6 alone

@@ -1,8 +1,9 @@
 //! Services, EndpointSlices, Nodes and Pods from manifests, for commands that ask no API.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -23,6 +24,8 @@ const LIMITS: yaml::Limits =
     yaml::Limits { bytes: 256 << 20, depth: 64, nodes: 50_000_000, documents: 1_000_000 };
 /// How deep folders are looked into.
 const FOLDERS: usize = 8;
+/// The names of files in a folder that are manifests end like this.
+const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
 
 /// What was read.
 #[derive(Debug, Default)]
@@ -37,17 +40,40 @@ pub(crate) struct Manifests {
 }
 
 impl Manifests {
-    /// Reads files and folders; what is wrong in one of them leaves the others.
+    /// Reads files and folders, and standard input for `-`; what is wrong in one of them, or in
+    /// what a folder holds, leaves the others.
     ///
     /// # Errors
-    /// When a path isn't there.
+    /// When one of these can't be read.
     pub(crate) fn read(paths: &[PathBuf]) -> anyhow::Result<Self> {
         let mut manifests = Self::default();
         for path in paths {
-            let mut files = Vec::new();
-            find(path, FOLDERS, &mut files)?;
-            for file in files {
-                manifests.read_file(&file)?;
+            let context = || format!("read {}", path.display());
+            if path.as_os_str() == "-" {
+                let mut text = Vec::new();
+                let most = LIMITS.bytes as u64 + 1;
+                io::stdin().take(most).read_to_end(&mut text).with_context(context)?;
+                manifests.take_text("standard input", &text);
+            } else if fs::metadata(path).with_context(context)?.is_dir() {
+                let mut found = Found::default();
+                found.look_into(path, FOLDERS).with_context(context)?;
+                if found.files.is_empty() && found.problems.is_empty() {
+                    let problem =
+                        format!("{}: no .yaml, .yml or .json file is there", path.display());
+                    manifests.problems.push(problem);
+                }
+                manifests.problems.append(&mut found.problems);
+                for file in found.files {
+                    match bounded::read(&file, LIMITS.bytes) {
+                        Ok(text) => manifests.take_text(&file.display().to_string(), &text),
+                        Err(error) => {
+                            manifests.problems.push(format!("{}: {error}", file.display()));
+                        }
+                    }
+                }
+            } else {
+                let text = bounded::read(path, LIMITS.bytes).with_context(context)?;
+                manifests.take_text(&path.display().to_string(), &text);
             }
         }
         Ok(manifests)
@@ -60,18 +86,15 @@ impl Manifests {
         format!("{place}: {} {}: {}", refusal.kind, refusal.object, refusal.message)
     }
 
-    fn read_file(&mut self, path: &Path) -> anyhow::Result<()> {
-        let text = bounded::read(path, LIMITS.bytes);
-        let text = text.with_context(|| format!("read {}", path.display()))?;
-        match yaml::documents(&text, LIMITS) {
+    fn take_text(&mut self, file: &str, text: &[u8]) {
+        match yaml::documents(text, LIMITS) {
             Ok(documents) => {
                 for (n, document) in documents.into_iter().enumerate() {
-                    self.take(&format!("{}: document {}", path.display(), n + 1), document);
+                    self.take(&format!("{file}: document {}", n + 1), document);
                 }
             }
-            Err(error) => self.problems.push(format!("{}: {error}", path.display())),
+            Err(error) => self.problems.push(format!("{file}: {error}")),
         }
-        Ok(())
     }
 
     fn take(&mut self, place: &str, mut document: Value) {
@@ -143,29 +166,47 @@ impl Manifests {
     }
 }
 
-fn find(path: &Path, depth: usize, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
-    let context = || format!("read {}", path.display());
-    if !fs::metadata(path).with_context(context)?.is_dir() {
-        files.push(path.to_owned());
-        return Ok(());
-    }
-    let mut inside: Vec<PathBuf> = Vec::new();
-    for entry in fs::read_dir(path).with_context(context)? {
-        inside.push(entry.with_context(context)?.path());
-    }
-    inside.sort_unstable();
-    for path in inside {
-        let manifest = |path: &Path| {
-            let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-            ["yaml", "yml", "json"].contains(&extension)
-        };
-        if path.is_dir() && depth > 0 {
-            find(&path, depth - 1, files)?;
-        } else if manifest(&path) {
-            files.push(path);
+/// What folders hold.
+#[derive(Default)]
+struct Found {
+    files: Vec<PathBuf>,
+    problems: Vec<String>,
+    /// Folders that were looked into: links may lead back.
+    folders: BTreeSet<PathBuf>,
+}
+
+impl Found {
+    /// Finds the manifests in a folder and those in it.
+    fn look_into(&mut self, folder: &Path, depth: usize) -> io::Result<()> {
+        if !self.folders.insert(folder.canonicalize()?) {
+            return Ok(());
         }
+        let inside: io::Result<Vec<PathBuf>> =
+            fs::read_dir(folder)?.map(|entry| entry.map(|entry| entry.path())).collect();
+        let mut inside = inside?;
+        inside.sort_unstable();
+        for path in inside {
+            let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+            let manifest = EXTENSIONS.contains(&extension);
+            let looked = fs::metadata(&path).and_then(|file| {
+                if file.is_dir() && depth > 0 {
+                    return self.look_into(&path, depth - 1);
+                }
+                // From a pipe nothing might ever come.
+                if manifest && file.is_file() {
+                    self.files.push(path.clone());
+                }
+                Ok(())
+            });
+            match looked {
+                Err(error) if manifest || error.kind() != io::ErrorKind::NotFound => {
+                    self.problems.push(format!("{}: {error}", path.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -201,5 +242,27 @@ mod tests {
         found.choose_node(None).unwrap();
         assert!(found.objects.node.is_some());
         assert!(Manifests::read(&[dir.path().join("none")]).is_err());
+    }
+
+    #[test]
+    fn what_a_folder_holds_besides_leaves_its_manifests() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let problems = |path: PathBuf| Manifests::read(&[path]).unwrap().problems;
+        fs::create_dir(path("empty")).unwrap();
+        let [problem] = &problems(path("empty"))[..] else { panic!() };
+        assert!(problem.contains("empty: no .yaml, .yml or .json file"), "{problem}");
+
+        fs::create_dir(path("full")).unwrap();
+        fs::write(path("full/a.yaml"), "{kind: Service, metadata: {name: a}}").unwrap();
+        fs::write(path("full/b.json"), [0xff; 1 << 20]).unwrap();
+        nix::unistd::mkfifo(&path("full/c.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::os::unix::fs::symlink("nowhere", path("full/d.yaml")).unwrap();
+        std::os::unix::fs::symlink(".", path("full/again")).unwrap();
+        let found = Manifests::read(&[path("full")]).unwrap();
+        assert_eq!(found.objects.services.len(), 1);
+        let [link, junk] = &found.problems[..] else { panic!("{:?}", found.problems) };
+        assert!(link.contains("d.yaml: No such file"), "{link}");
+        assert!(junk.contains("b.json: not text in UTF-8"), "{junk}");
     }
 }

@@ -1,6 +1,7 @@
 //! The service proxy: its configuration, and the command that runs it alone.
 
 use std::{
+    io::Write,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::Path,
     time::Duration,
@@ -373,7 +374,7 @@ fn write_config(path: &Path, settings: &ProxySettings) -> anyhow::Result<()> {
 }
 
 /// Prints the rules for the objects of some manifests; what is wrong with them goes to standard
-/// error.
+/// error. What can't even be read is a failure, once the rules for the rest are printed.
 fn dry_run(args: &ProxyArgs, settings: &ProxySettings) -> anyhow::Result<()> {
     let mut manifests = Manifests::read(&args.services)?;
     manifests.choose_node(settings.hostname_override.as_deref())?;
@@ -395,8 +396,15 @@ fn dry_run(args: &ProxyArgs, settings: &ProxySettings) -> anyhow::Result<()> {
     for refusal in &refusals {
         eprintln!("keelson: {}", manifests.place(refusal));
     }
-    print!("{}", snapshot.rules());
-    Ok(())
+    match std::io::stdout().write_all(snapshot.rules().as_bytes()) {
+        // Who reads has seen enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+        printed => printed.context("print the rules")?,
+    }
+    match manifests.problems.len() {
+        0 => Ok(()),
+        count => bail!("the rules are without what could not be read, in {count} places"),
+    }
 }
 
 /// Makes it less likely that the kernel kills this process when memory is short.

@@ -48,6 +48,7 @@ mod nftables;
 #[cfg(test)]
 mod packets;
 mod proxier;
+mod rights;
 mod rtnl;
 mod ruleset;
 mod run;
@@ -84,6 +85,18 @@ use crate::start::KERNEL_MIN;
 /// Why the proxy can't start, or could not clean up.
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {
+    /// The process lacks a right that every mode needs.
+    #[error(
+        "the {mode} mode can't be used: this process lacks CAP_NET_ADMIN, without which it can't write \
+         {what}; run it as root, or give it that capability (AmbientCapabilities=CAP_NET_ADMIN in a \
+         systemd unit, securityContext.capabilities.add: [NET_ADMIN] in a container)"
+    )]
+    NotAllowed {
+        /// The mode that was asked for.
+        mode: &'static str,
+        /// What it would write.
+        what: &'static str,
+    },
     /// The kernel is too old.
     #[error(
         "kernel {found} is too old for the nftables proxy: {}.{} or newer is needed",

@@ -145,7 +145,14 @@ impl Snapshot {
             Mode::Nftables => {
                 nftables::text::text(&start::layout(&self.config, *family), self.goal())
             }
-            Mode::Iptables => iptables::text(&start::settings(&self.config, *family), self.goal()),
+            Mode::Iptables => {
+                let program = match family {
+                    Family::V4 => "iptables-restore",
+                    Family::V6 => "ip6tables-restore",
+                };
+                let rules = iptables::text(&start::settings(&self.config, *family), self.goal());
+                format!("# {}: input of {program} --noflush\n{rules}", family.as_str())
+            }
             Mode::Userspace => userspace::text(*family, &self.desired),
         });
         each.collect::<Vec<_>>().join("\n")

@@ -20,6 +20,7 @@ use crate::{
     iptables::{self, Rules, Variant, canary::Canary, counters::Counters},
     model::Family,
     nftables::{apply::Table, monitor::Writing, rules::Layout, socket::NftError},
+    rights,
     userspace::{self, Limits, RelayMetrics, Relays, Settings, UdpTimes},
 };
 
@@ -113,6 +114,7 @@ pub(crate) async fn choose_patiently(
     config: &ProxyConfig,
     shutdown: &CancellationToken,
 ) -> Result<Option<Chosen>, ProxyError> {
+    rights::check(config.mode)?;
     let config = Arc::new(config.clone());
     let open_asked = {
         let config = Arc::clone(&config);
@@ -225,6 +227,7 @@ fn settle_on(config: &ProxyConfig, asked: Result<Chosen, Unusable>) -> Result<Ch
 /// # Errors
 /// When no mode works, or rules that a setting needs can't be written.
 pub(crate) fn initialize(config: &ProxyConfig) -> Result<(), ProxyError> {
+    rights::check(config.mode)?;
     // Opening the backends loads the kernel's modules, which brings the settings.
     let chosen = choose(config)?;
     if chosen.mode != Mode::Iptables {

@@ -2,11 +2,18 @@
 //! what becomes of a wrong configuration.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::{Read, Write},
+    net::{Ipv4Addr, TcpStream},
+    path::PathBuf,
     process::{Command, Output},
 };
 
-use keelson_tests::{Cluster, DEADLINE, wait_for};
+use keelson_tests::{Cluster, DEADLINE, Machine, inside::inside, wait_for, wait_until};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 fn run(mut command: Command) -> Output {
@@ -110,4 +117,76 @@ spec: {selector: {app: web}, ports: [{port: 80}]}
     assert!(!tables(&cluster).contains("keelson-proxy"), "{}", tables(&cluster));
     let left = cluster.down();
     assert!(left.is_empty(), "left behind: {left:#?}");
+}
+
+/// A kubeconfig of an API server that isn't there.
+fn kubeconfig(machine: &Machine) -> PathBuf {
+    let path = machine.dir().join("kubeconfig");
+    let config = "{apiVersion: v1, kind: Config, current-context: c, \
+                  clusters: [{name: c, cluster: {server: 'http://127.0.0.1:1'}}], \
+                  contexts: [{name: c, context: {cluster: c, user: u}}], \
+                  users: [{name: u, user: {}}]}";
+    fs::write(&path, config).expect("a kubeconfig");
+    path
+}
+
+#[test]
+fn a_proxy_that_may_not_change_the_network_says_what_it_lacks_and_ends() {
+    let machine = Machine::new();
+    let kubeconfig = kubeconfig(&machine);
+    for mode in ["userspace", "iptables", "nftables"] {
+        let mut proxy = machine.command("setpriv");
+        proxy.args(["--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]);
+        proxy.arg(Machine::binary()).args(["proxy", "--proxy-mode", mode]);
+        proxy.arg("--data-dir").arg(machine.data_dir());
+        let output = run({
+            proxy.arg("--kubeconfig").arg(&kubeconfig);
+            proxy
+        });
+        let said = text(&output.stderr);
+        assert!(!output.status.success(), "{said}");
+        for part in [mode, "CAP_NET_ADMIN", "AmbientCapabilities", "securityContext"] {
+            assert!(said.contains(part), "{mode}: {said}");
+        }
+        assert!(!said.contains("again"), "to try again brings no right: {said}");
+    }
+}
+
+#[test]
+fn kernel_settings_that_are_read_only_are_warned_about_and_the_proxy_goes_on() {
+    let machine = Machine::new();
+    let log = machine.dir().join("log");
+    let mut proxy = machine.command("unshare");
+    proxy.args(["--mount", "sh", "-ec"]);
+    proxy.arg(
+        "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys; \
+         exec \"$@\"",
+    );
+    proxy.arg("sh").arg(Machine::binary()).arg("proxy");
+    proxy.arg("--kubeconfig").arg(kubeconfig(&machine)).arg("--data-dir").arg(machine.data_dir());
+    let mut proxy = proxy.stderr(File::create(&log).expect("a log")).spawn().expect("unshare");
+    let said = || fs::read_to_string(&log).unwrap_or_default();
+    wait_for("the warning", DEADLINE, || {
+        let said = said();
+        let warned = said.lines().any(|line| {
+            line.contains("WARN")
+                && line.contains("nf_conntrack_tcp_timeout_established")
+                && line.contains("Read-only file system")
+        });
+        if warned { Ok(()) } else { Err(said) }
+    });
+    wait_until("it to answer", DEADLINE, || {
+        let answer = inside(&machine.netns(), || {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, 10_256))?;
+            stream.write_all(b"GET /livez HTTP/1.0\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        });
+        answer.is_ok_and(|answer| answer.contains("200"))
+    });
+    let pid = i32::try_from(proxy.id()).expect("a process id");
+    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it runs");
+    let status = proxy.wait().expect("it ends");
+    assert!(status.success(), "{status}: {}", said());
 }

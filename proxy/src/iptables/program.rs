@@ -29,6 +29,8 @@ const WAIT: &str = "5";
 const NO_SUCH_CHAIN: i32 = 1;
 /// The status with which iptables ends where others hold its lock, or the kernel has no room.
 const RESOURCE_PROBLEM: i32 = 4;
+/// What it says where the process may not do that.
+const NO_RIGHT: &str = "Permission denied";
 /// Where programs are that a service's search path may lack.
 const SYSTEM_PATH: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
@@ -234,6 +236,10 @@ impl Programs {
         let message = explain(&message, refused.as_deref(), &output.status.to_string());
         let program = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Err(match output.status.code() {
+            // To wait would bring no right.
+            Some(RESOURCE_PROBLEM) if message.contains(NO_RIGHT) => {
+                BackendError::Program { program, message }
+            }
             // Without a status it was ended by a signal.
             Some(RESOURCE_PROBLEM) | None => BackendError::Busy { program, message },
             Some(_) => BackendError::Program { program, message },
@@ -388,6 +394,7 @@ mod tests {
         };
         assert!(ends("exit 4").is_busy() && ends("kill -9 $$").is_busy());
         assert!(!ends("exit 1").is_busy() && !ends("exit 2").is_busy());
+        assert!(!ends("echo 'Permission denied (you must be root)' >&2; exit 4").is_busy());
     }
 
     #[test]

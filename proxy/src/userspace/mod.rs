@@ -170,6 +170,11 @@ impl Relays {
             .map_err(|source| failed("start the relays' thread", source))?;
         match started.recv() {
             Ok(Ok(())) => {}
+            Ok(Err(source)) if source.kind() == io::ErrorKind::PermissionDenied => {
+                let doing = "change local routes, for which CAP_NET_ADMIN is needed in the user \
+                     namespace that the network namespace belongs to";
+                return Err(failed(doing, source));
+            }
             Ok(Err(source)) => return Err(failed("start the relays", source)),
             Err(_) => return Err(ended_by_itself()),
         }
