@@ -403,7 +403,7 @@ fn dry_run(args: &ProxyArgs, settings: &ProxySettings) -> anyhow::Result<()> {
     }
     match manifests.problems.len() {
         0 => Ok(()),
-        count => bail!("the rules are without what could not be read, in {count} places"),
+        count => bail!("the rules lack what could not be read ({count}, named above)"),
     }
 }
 

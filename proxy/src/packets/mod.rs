@@ -11,7 +11,7 @@
 //! | [`sctp`] | SCTP, where the kernel has it |
 //! | [`backends`] | from objects to each backend, without the loop |
 //! | [`features`], [`rows`] | the table: a Service, who asks, what comes of it, and where a backend differs |
-//! | [`table_test`] | runs the table |
+//! | [`table_test`] | runs the table, with the iptables mode by both programs of that name |
 //! | [`explain_test`] | asks for each row of the table why its packets go where they go |
 //! | [`changes_test`] | what needs more than one step: even choice, affinity, flows of UDP |
 //! | [`sctp_test`] | the table and those steps with SCTP: in the virtual machine of `tests/vm/proxy`, if not here |

@@ -470,6 +470,23 @@ fn refusal(listen: Listen, source: io::Error, holders: &mut Holders) -> BackendE
         && let Some(holder) = holders.of(listen)
     {
         doing.push_str(&format!(", which {holder} has"));
+    } else if source.kind() == io::ErrorKind::PermissionDenied {
+        doing.push_str(", for which CAP_NET_BIND_SERVICE is needed");
     }
     BackendError::Io { doing, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_may_not_be_listened_on_says_which_right_is_lacking() {
+        let address = [10, 96, 0, 1].into();
+        let listen = Listen { address, protocol: Protocol::Tcp, port: 80 };
+        let why = io::Error::from_raw_os_error(libc::EACCES);
+        let said = refusal(listen, why, &mut Holders::default()).to_string();
+        assert!(said.starts_with("listen on TCP 10.96.0.1:80"), "{said}");
+        assert!(said.contains("CAP_NET_BIND_SERVICE"), "{said}");
+    }
 }
