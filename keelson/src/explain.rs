@@ -6,7 +6,10 @@ use anyhow::{Context, bail};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::{
+    core::v1::{Node, Pod, Service},
+    networking::v1::ServiceCIDR,
+};
 use keelson_api::object::ObjectKey;
 use keelson_proxy::{Objects, Packet, ProxyConfig, Snapshot};
 use kube::{Api, Client, api::ListParams};
@@ -233,6 +236,7 @@ async fn from_api(args: &ExplainPacketArgs, node: &str, from: &Place) -> anyhow:
     let services = Api::all(client.clone()).list(&all).await.context("list Services")?.items;
     let slices = Api::all(client.clone()).list(&all).await.context("list EndpointSlices")?.items;
     let node = Api::<Node>::all(client.clone()).get_opt(node).await.context("get the Node")?;
+    let service_cidrs = service_cidrs(client.clone()).await?;
     let pods = match from {
         Place::Object(key) => pod(client, key).await?.into_iter().collect(),
         Place::Address(address) => {
@@ -242,7 +246,15 @@ async fn from_api(args: &ExplainPacketArgs, node: &str, from: &Place) -> anyhow:
         }
         Place::Node => Vec::new(),
     };
-    Ok(Known { objects: Objects { services, slices, node }, pods })
+    Ok(Known { objects: Objects { services, slices, service_cidrs, node }, pods })
+}
+
+/// The ranges of Services; none from an API that doesn't show them, as the proxy has it.
+async fn service_cidrs(client: Client) -> anyhow::Result<Vec<ServiceCIDR>> {
+    match Api::all(client).list(&ListParams::default()).await {
+        Err(kube::Error::Api(status)) if [403, 404].contains(&status.code) => Ok(Vec::new()),
+        listed => Ok(listed.context("list ServiceCIDRs")?.items),
+    }
 }
 
 async fn pod(client: Client, key: &ObjectKey) -> anyhow::Result<Option<Pod>> {

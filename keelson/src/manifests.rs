@@ -1,4 +1,4 @@
-//! Services, EndpointSlices, Nodes and Pods from manifests, for commands that ask no API.
+//! Services, EndpointSlices, ServiceCIDRs, Nodes and Pods from manifests, for commands that ask no API.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -113,6 +113,7 @@ impl Manifests {
         let taken = match kind.as_str() {
             "Service" => self.keep(place, &kind, document, |m| &mut m.objects.services),
             "EndpointSlice" => self.keep(place, &kind, document, |m| &mut m.objects.slices),
+            "ServiceCIDR" => self.keep(place, &kind, document, |m| &mut m.objects.service_cidrs),
             "Node" => self.keep(place, &kind, document, |m| &mut m.nodes),
             "Pod" => self.keep(place, &kind, document, |m| &mut m.pods),
             "" => Err("it has no kind".to_owned()),
@@ -140,7 +141,7 @@ impl Manifests {
         if metadata.name.as_deref().unwrap_or_default().is_empty() {
             return Err(format!("{kind}: it has no name"));
         }
-        if kind != "Node" && metadata.namespace.is_none() {
+        if !["Node", "ServiceCIDR"].contains(&kind) && metadata.namespace.is_none() {
             metadata.namespace = Some("default".to_owned());
         }
         let key = (kind.to_owned(), ObjectKey::of(metadata));
@@ -218,7 +219,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(
             dir.path().join("a.yaml"),
-            "{kind: Service, metadata: {name: a}, spec: {ports: []}}\n---\n{kind: Service}\n---\n\
+            "{kind: ServiceCIDR, metadata: {name: c}, spec: {cidrs: [10.96.0.0/16]}}\n---\n\
+             {kind: Service, metadata: {name: a}, spec: {ports: []}}\n---\n{kind: Service}\n---\n\
              {kind: Service, metadata: {name: b}, spec: {ports: 3}}\n---\n{kind: Deployment}\n",
         )
         .unwrap();
@@ -231,9 +233,11 @@ mod tests {
         fs::write(dir.path().join("notes.txt"), "kind: [").unwrap();
         let mut found = Manifests::read(&[dir.path().to_owned()]).unwrap();
         assert_eq!((found.objects.services.len(), found.nodes.len()), (1, 1));
+        let ranges = &found.objects.service_cidrs;
+        assert_eq!(ObjectKey::of(&ranges[0].metadata).to_string(), "c", "it is in no namespace");
         assert_eq!(found.problems.len(), 3, "{:?}", found.problems);
         for (problem, part) in
-            found.problems.iter().zip(["a.yaml: document 2", "a.yaml: document 3", "c.yaml: line"])
+            found.problems.iter().zip(["a.yaml: document 3", "a.yaml: document 4", "c.yaml: line"])
         {
             assert!(problem.contains(part), "{problem}");
         }

@@ -106,7 +106,7 @@ impl Looking {
                 Action::Forward { endpoints, .. } => Some(endpoints.len()),
                 _ => None,
             },
-            Unit::Address(..) => None,
+            Unit::Address(..) | Unit::ServiceRanges(_) => None,
         });
         let mut counts: Vec<usize> = counts.collect();
         counts.sort_unstable();

@@ -9,7 +9,7 @@
 //!
 //! | task or thread | what it owns | what it sends where |
 //! |---|---|---|
-//! | [`watches`], three tasks | nothing | changes to the loop's queue |
+//! | [`watches`], a task for each kind | nothing | changes to the loop's queue |
 //! | [`drift`], a task, or one for each family | what hears others, by mode | "drift" to the same queue |
 //! | `run.rs`, a task | nothing; it has the rules of other modes removed once a family's own are in force | nothing |
 //! | [`proxier`], a thread | the whole state, a [`backend`] per family | rules to the kernel; Services to [`health_check`] |

@@ -110,6 +110,10 @@ pub async fn run_with_registry(
         // That it has ended is seen, whether it panicked or not.
         let _ = recorder.await;
     });
+    if mode == Mode::Nftables {
+        // The only one that knows what to do with them, as with kube-proxy.
+        tasks.spawn(watches::service_ranges(client.clone(), changes.clone(), shutdown.clone()));
+    }
     watch_cluster(&mut tasks, &client, &config.node_name, changes, &shutdown);
     let (published, checks) = watch::channel(Arc::default());
     let listening = Listening {

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use k8s_openapi::api::{
     core::v1::{Node, Service as ApiService},
     discovery::v1::EndpointSlice,
+    networking::v1::ServiceCIDR,
 };
 use keelson_api::object::ObjectKey;
 
@@ -18,6 +19,7 @@ use crate::{
     model::{
         Family, Problem,
         objects::{Service, Slice},
+        service_ranges::ServiceRanges,
         table::ServiceTable,
     },
     nftables,
@@ -35,6 +37,8 @@ pub struct Objects {
     pub services: Vec<ApiService>,
     /// Their endpoints.
     pub slices: Vec<EndpointSlice>,
+    /// Ranges that cluster addresses are taken from.
+    pub service_cidrs: Vec<ServiceCIDR>,
     /// The node that the proxy runs on.
     pub node: Option<Node>,
 }
@@ -109,6 +113,11 @@ impl Snapshot {
             ..ServiceRules::default()
         };
         desired.replace(&ObjectKey::default(), Some(node));
+        let mut ranges = ServiceRanges::default();
+        for object in &from.service_cidrs {
+            refuse("ServiceCIDR", &ObjectKey::of(&object.metadata), ranges.set(object));
+        }
+        desired.set_service_ranges(ranges.all());
         let mut keys: Vec<ObjectKey> = objects.keys().cloned().collect();
         keys.sort_unstable();
         for key in keys {

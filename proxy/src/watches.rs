@@ -1,9 +1,15 @@
-//! Services, EndpointSlices and the node, as the API server tells of them.
+//! Services, EndpointSlices, the ranges of Services' addresses and the node, as the API server tells
+//! of them.
 //!
 //! Objects are cut down to what the proxy needs as they come in and are not kept here: at 30,000
 //! Services the difference is hundreds of megabytes.
 
-use std::{collections::HashSet, fmt::Debug, net::IpAddr, time::Instant};
+use std::{
+    collections::HashSet,
+    fmt::Debug,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use futures::StreamExt;
 use ipnet::IpNet;
@@ -11,10 +17,11 @@ use k8s_openapi::{
     api::{
         core::v1::{Node, Service as ApiService},
         discovery::v1::EndpointSlice,
+        networking::v1::ServiceCIDR,
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use keelson_api::object::ObjectKey;
+use keelson_api::{backoff::Backoff, object::ObjectKey};
 use kube::{
     Api, Client, Resource,
     runtime::{WatchStreamExt, watcher},
@@ -26,12 +33,17 @@ use tokio_util::sync::CancellationToken;
 use crate::model::{
     Problem,
     objects::{HEADLESS, Place, SERVICE_PROXY_NAME, Service, Slice},
+    service_ranges::ServiceRanges,
 };
 
 /// How many changes may wait for the loop before the watches wait too.
 pub(crate) const QUEUE: usize = 8_192;
 /// The cluster autoscaler's taint of nodes that it is about to delete.
 const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
+/// How long an API server that doesn't serve a kind, or not to the proxy, is left alone: at first,
+/// as it may still be starting, and at the most.
+const REFUSED: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(900));
 
 /// Which zone a node is in.
 const ZONE: &str = "topology.kubernetes.io/zone";
@@ -63,6 +75,8 @@ pub(crate) enum ChangeKind {
         /// Whether load balancers should send traffic here.
         eligible: bool,
     },
+    /// All ranges that cluster addresses are taken from, sorted.
+    ServiceRanges(Vec<IpNet>),
     /// Another program changed the rules; the word is what the metric calls it.
     Drift(&'static str),
 }
@@ -115,6 +129,90 @@ pub(crate) async fn slices(
             () = follow => return,
             moved = place.changed() => if moved.is_err() { return },
         }
+    }
+}
+
+/// Follows the ranges of Services' addresses until `shutdown`. Without the kind, as in clusters
+/// before Kubernetes 1.33, or without leave to read it there are none.
+pub(crate) async fn service_ranges(
+    client: Client,
+    queue: mpsc::Sender<Change>,
+    shutdown: CancellationToken,
+) {
+    let (mut told, mut again) = (false, true);
+    let mut backoff = Backoff::new(REFUSED.0, REFUSED.1);
+    while again {
+        let stream = watcher(Api::<ServiceCIDR>::all(client.clone()), watcher::Config::default());
+        let Some(code) = follow_ranges(stream.default_backoff(), &queue, &shutdown).await else {
+            return;
+        };
+        if !std::mem::replace(&mut told, true) {
+            tracing::info!(
+                code,
+                "the API server shows no ServiceCIDRs: what is sent to addresses that no Service \
+                 has is left to routing"
+            );
+        }
+        // Nothing is known of them, as after a start.
+        if queue.send(ChangeKind::ServiceRanges(Vec::new()).into()).await.is_err() {
+            return;
+        }
+        again = tokio::select! {
+            () = tokio::time::sleep(backoff.next_wait()) => true,
+            () = shutdown.cancelled() => false,
+        };
+    }
+}
+
+/// Follows them until the API server refuses, with which code; or until there is nobody to tell.
+async fn follow_ranges(
+    stream: impl futures::Stream<Item = watcher::Result<watcher::Event<ServiceCIDR>>>,
+    queue: &mpsc::Sender<Change>,
+    shutdown: &CancellationToken,
+) -> Option<u16> {
+    let mut stream = std::pin::pin!(stream);
+    let (mut known, mut listed) = (ServiceRanges::default(), ServiceRanges::default());
+    let take = |ranges: &mut ServiceRanges, object: &ServiceCIDR| {
+        let name = object.metadata.name.as_deref().unwrap_or_default();
+        for problem in ranges.set(object) {
+            tracing::warn!(name, reason = problem.reason, "ServiceCIDR: {}", problem.message);
+        }
+    };
+    while let Some(event) = next(&mut stream, shutdown).await {
+        match event {
+            Ok(watcher::Event::Apply(object)) => take(&mut known, &object),
+            Ok(watcher::Event::Delete(object)) => {
+                known.remove(object.metadata.name.as_deref().unwrap_or_default());
+            }
+            Ok(watcher::Event::Init) => {
+                listed = ServiceRanges::default();
+                continue;
+            }
+            Ok(watcher::Event::InitApply(object)) => {
+                take(&mut listed, &object);
+                continue;
+            }
+            Ok(watcher::Event::InitDone) => known = std::mem::take(&mut listed),
+            Err(error) => {
+                if let Some(code @ (403 | 404)) = code_of(&error) {
+                    return Some(code);
+                }
+                tracing::warn!(%error, kind = "ServiceCIDR", "the API server can't be watched; trying again");
+                continue;
+            }
+        }
+        queue.send(ChangeKind::ServiceRanges(known.all()).into()).await.ok()?;
+    }
+    None
+}
+
+/// The code with which the API server answered, if it did.
+fn code_of(error: &watcher::Error) -> Option<u16> {
+    match error {
+        watcher::Error::WatchError(status) => Some(status.code),
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
+        _ => None,
     }
 }
 
@@ -270,9 +368,73 @@ async fn follow<K>(
 
 #[cfg(test)]
 mod tests {
+    use kube::core::Status;
     use serde_json::json;
 
     use super::*;
+
+    fn service_cidr(name: &str, cidrs: &[&str]) -> ServiceCIDR {
+        let object = json!({"metadata": {"name": name}, "spec": {"cidrs": cidrs}});
+        serde_json::from_value(object).unwrap()
+    }
+
+    fn refused(code: u16) -> watcher::Error {
+        let status = Status::failure("no", "").with_code(code);
+        watcher::Error::InitialListFailed(kube::Error::Api(Box::new(status)))
+    }
+
+    /// What is told of these events, and with which code it ended.
+    async fn followed(
+        events: Vec<watcher::Result<watcher::Event<ServiceCIDR>>>,
+    ) -> (Vec<String>, Option<u16>) {
+        let (queue, mut told) = mpsc::channel(events.len() + 1);
+        let stream = futures::stream::iter(events);
+        let code = follow_ranges(stream, &queue, &CancellationToken::new()).await;
+        drop(queue);
+        let mut all = Vec::new();
+        while let Some(change) = told.recv().await {
+            let ChangeKind::ServiceRanges(ranges) = change.kind else { panic!("{change:?}") };
+            all.push(ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "));
+        }
+        (all, code)
+    }
+
+    #[tokio::test]
+    async fn ranges_of_services_are_told_whole_once_they_are_listed() {
+        use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
+        let (a, b) = (service_cidr("a", &["10.96.0.0/16"]), service_cidr("b", &["10.97.0.0/16"]));
+        let events = vec![
+            Err(refused(500)),
+            Ok(Init),
+            Ok(InitApply(a.clone())),
+            Ok(InitApply(service_cidr("bad", &["0.0.0.0/0"]))),
+            Ok(InitDone),
+            Ok(Apply(b.clone())),
+            Ok(Delete(a.clone())),
+            // A list that is begun again and breaks off leaves what is known.
+            Ok(Init),
+            Ok(InitApply(a.clone())),
+            Err(refused(500)),
+            Ok(Init),
+            Ok(InitApply(service_cidr("a", &["10.98.0.0/16"]))),
+            Ok(InitDone),
+        ];
+        let expected =
+            ["10.96.0.0/16", "10.96.0.0/16 10.97.0.0/16", "10.97.0.0/16", "10.98.0.0/16"];
+        assert_eq!(followed(events).await, (expected.map(str::to_owned).into(), None));
+    }
+
+    #[tokio::test]
+    async fn an_api_without_ranges_of_services_is_left_alone() {
+        for code in [403, 404] {
+            let events = vec![Err(refused(code)), Ok(watcher::Event::InitDone)];
+            assert_eq!(followed(events).await, (vec![], Some(code)));
+            let status = Status::failure("no", "").with_code(code);
+            let events = vec![Err(watcher::Error::WatchError(Box::new(status)))];
+            assert_eq!(followed(events).await, (vec![], Some(code)));
+        }
+        assert_eq!(followed(vec![Err(refused(401)), Err(refused(503))]).await, (vec![], None));
+    }
 
     #[test]
     fn a_nodes_primary_addresses_are_the_first_of_each_family() {

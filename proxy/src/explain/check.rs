@@ -9,6 +9,7 @@ use crate::{
     model::Family,
     nftables::{
         held::{Chosen, Held, Plan},
+        layout,
         observe::{Found, observe},
         socket::NftSocket,
     },
@@ -24,45 +25,48 @@ impl Snapshot {
     /// # Errors
     /// When the kernel can't be asked.
     pub fn check(&self, answer: &mut Explanation) -> Result<(), ProxyError> {
-        let Some(frontend) = answer.frontend else { return Ok(()) };
-        let found = match self.config.mode {
-            Mode::Nftables => self.check_nftables(&frontend),
-            Mode::Iptables => self.check_iptables(&frontend),
-            Mode::Userspace => return Ok(()),
+        let Some(unit) = answer.decided_by else { return Ok(()) };
+        let found = match (self.config.mode, unit) {
+            (Mode::Nftables, unit) => self.check_nftables(unit),
+            (Mode::Iptables, Unit::Frontend(frontend)) => self.check_iptables(&frontend),
+            (Mode::Iptables | Mode::Userspace, _) => return Ok(()),
         };
         answer.kernel = Some(found.map_err(|error| ProxyError::Unreadable(error.to_string()))?);
         Ok(())
     }
 
-    fn check_nftables(&self, frontend: &Frontend) -> Result<Vec<String>, BackendError> {
-        let layout = start::layout(&self.config, frontend.family);
-        let held = match observe(&mut NftSocket::open()?, &layout)? {
+    fn check_nftables(&self, unit: Unit) -> Result<Vec<String>, BackendError> {
+        let written = start::layout(&self.config, unit.family());
+        let held = match observe(&mut NftSocket::open()?, &written)? {
             Found::Intact { held, .. } => held,
             Found::Different(why) => {
                 return Ok(vec![format!("the table is not as it should be: {why}")]);
             }
         };
-        let mut differences = Vec::new();
-        let mut plan = Plan::default();
-        held.plan(Unit::Frontend(*frontend), &self.desired, &mut plan);
-        if !(plan.early.is_empty() && plan.changes.is_empty()) {
-            differences.push(format!("{frontend}: {}", holds(&held, frontend)));
-        }
-        let addresses = self.desired.units().filter(|unit| match unit {
-            Unit::Address(AddressSet::NodeAddresses, address) => {
+        let related = self.desired.units().filter(|other| match (unit, other) {
+            (Unit::Frontend(frontend), Unit::Address(AddressSet::NodeAddresses, address)) => {
                 frontend.address.is_none() && Family::of(*address) == frontend.family
             }
-            Unit::Address(_, address) => Some(*address) == frontend.address,
-            Unit::Frontend(_) => false,
-        });
-        for unit in addresses {
-            let mut plan = Plan::default();
-            held.plan(unit, &self.desired, &mut plan);
-            if let (Unit::Address(_, address), false) = (unit, plan.changes.is_empty()) {
-                differences.push(format!("{address} is missing in its set"));
+            (Unit::Frontend(frontend), Unit::Address(_, address)) => {
+                Some(*address) == frontend.address
             }
-        }
-        Ok(differences)
+            _ => false,
+        });
+        let differs = |unit: &Unit| {
+            let mut plan = Plan::default();
+            held.plan(*unit, &self.desired, &mut plan);
+            !(plan.early.is_empty() && plan.changes.is_empty())
+        };
+        let different = [unit].into_iter().chain(related).filter(differs);
+        Ok(different
+            .map(|unit| match unit {
+                Unit::Frontend(frontend) => format!("{frontend}: {}", holds(&held, &frontend)),
+                Unit::Address(_, address) => format!("{address} is missing in its set"),
+                Unit::ServiceRanges(_) => {
+                    format!("the set {} has other ranges", layout::SERVICE_RANGES)
+                }
+            })
+            .collect())
     }
 
     fn check_iptables(&self, frontend: &Frontend) -> Result<Vec<String>, BackendError> {

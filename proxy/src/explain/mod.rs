@@ -19,7 +19,7 @@ use crate::{
     config::{DetectLocal, Mode, NodePortAddresses},
     model::{Endpoint, Family, objects::TrafficPolicy, table::PortPlan},
     nftables::layout,
-    ruleset::{Action, AddressSet, Frontend, Lane, Masquerade},
+    ruleset::{Action, AddressSet, Frontend, Lane, Masquerade, Unit},
     snapshot::Snapshot,
 };
 
@@ -101,8 +101,9 @@ pub struct Explanation {
     /// What the kernel has otherwise; absent if it wasn't asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<Vec<String>>,
+    /// What of the ruleset it goes by.
     #[serde(skip)]
-    frontend: Option<Frontend>,
+    decided_by: Option<Unit>,
 }
 
 impl Snapshot {
@@ -122,7 +123,7 @@ impl Snapshot {
             affinity_seconds: None,
             endpoints: Vec::new(),
             kernel: None,
-            frontend: None,
+            decided_by: None,
         };
         let family = Family::of(packet.to);
         if family != Family::of(packet.from) {
@@ -135,6 +136,12 @@ impl Snapshot {
             self.describe(packet, frontend, action, &mut answer);
         } else if self.desired.has_address(AddressSet::ClusterAddresses, packet.to) {
             self.unused_port(packet, &mut answer);
+        } else if let Some(range) = self.unallocated(packet, origin) {
+            answer.verdict = Verdict::Dropped;
+            answer.reason =
+                format!("no Service has this address, and it is in {range}, a range of theirs");
+            answer.rules.push(format!("set {}: {range}", layout::SERVICE_RANGES));
+            answer.decided_by = Some(Unit::ServiceRanges(family));
         } else {
             answer.reason = "no Service has this address and port".into();
         }
@@ -151,7 +158,19 @@ impl Snapshot {
         answer.reason = format!("the address is a Service's, but none has this port{then}");
         if self.config.mode == Mode::Nftables {
             answer.rules.push(format!("set {}: {}", layout::CLUSTER_IPS, packet.to));
+            answer.decided_by = Some(Unit::Address(AddressSet::ClusterAddresses, packet.to));
         }
+    }
+
+    /// The range of Services in which an address is that no Service has, where packets to it are
+    /// dropped: on their way through the node or out of it.
+    fn unallocated(&self, packet: &Packet, origin: Origin) -> Option<IpNet> {
+        let ends_here = origin != Origin::Node && self.is_the_nodes(packet.to);
+        if self.config.mode != Mode::Nftables || ends_here {
+            return None;
+        }
+        let ranges = self.desired.service_ranges()?;
+        ranges.iter().find(|range| range.contains(&packet.to)).copied()
     }
 
     fn origin(&self, packet: &Packet) -> Origin {
@@ -228,7 +247,7 @@ impl Snapshot {
         action: &Action,
         answer: &mut Explanation,
     ) {
-        answer.frontend = Some(frontend);
+        answer.decided_by = Some(Unit::Frontend(frontend));
         let Some(owner) = self.desired.owner(&frontend) else { return };
         answer.service = Some(owner.to_string());
         let (plans, _) = self.objects.ports(owner, &[frontend.family]).unwrap_or_default();
@@ -246,7 +265,7 @@ impl Snapshot {
         let policy = policy(&frontend, plan);
         answer.endpoints =
             why::candidates(plan, self.objects.slices_of(owner), policy == TrafficPolicy::Local);
-        self.judge(packet, action, policy, answer);
+        self.judge(packet, &frontend, action, policy, answer);
         let filters = self.config.mode != Mode::Userspace;
         let admitted =
             answer.verdict != Verdict::Dropped || filters && matches!(action, Action::Drop);
@@ -256,6 +275,7 @@ impl Snapshot {
     fn judge(
         &self,
         packet: &Packet,
+        frontend: &Frontend,
         action: &Action,
         policy: TrafficPolicy,
         answer: &mut Explanation,
@@ -288,7 +308,7 @@ impl Snapshot {
                 answer.verdict = Verdict::Dropped;
                 answer.reason =
                     "the traffic policy is Local, and no endpoint is on this node".into();
-                if self.config.mode == Mode::Userspace && !self.serves_others(answer) {
+                if self.config.mode == Mode::Userspace && !self.serves_others(frontend) {
                     // Where nobody listens the kernel itself answers.
                     answer.verdict = Verdict::Rejected;
                 }
@@ -301,13 +321,14 @@ impl Snapshot {
     }
 
     /// Whether clients inside are served at the same address and port, so that somebody listens.
-    fn serves_others(&self, answer: &Explanation) -> bool {
-        let inside = answer.frontend.and_then(|frontend| match frontend.lane {
-            Lane::Address => Some(Frontend { lane: Lane::AddressInside, ..frontend }),
-            Lane::NodePort => Some(Frontend { lane: Lane::NodePortInside, ..frontend }),
-            _ => None,
-        });
-        inside.is_some_and(|f| matches!(self.desired.action(&f), Some(Action::Forward { .. })))
+    fn serves_others(&self, frontend: &Frontend) -> bool {
+        let lane = match frontend.lane {
+            Lane::Address => Lane::AddressInside,
+            Lane::NodePort => Lane::NodePortInside,
+            Lane::AddressInside | Lane::NodePortInside => return false,
+        };
+        let inside = Frontend { lane, ..*frontend };
+        matches!(self.desired.action(&inside), Some(Action::Forward { .. }))
     }
 
     /// What of an answer about masquerading depends on where the endpoints are.

@@ -51,9 +51,11 @@ fn snapshot(config: ProxyConfig) -> Snapshot {
     ];
     let node = json!({"metadata": {"name": "here", "labels": {"topology.kubernetes.io/zone": "a"}},
         "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]}});
+    let ranges = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
     let objects = Objects {
         services: services.map(|s| serde_json::from_value(read(s)).unwrap()).to_vec(),
         slices: slices.map(|s| serde_json::from_value(read(s)).unwrap()).to_vec(),
+        service_cidrs: vec![serde_json::from_value(ranges).unwrap()],
         node: Some(serde_json::from_value(node).unwrap()),
     };
     let (snapshot, refusals) = Snapshot::new(config, &objects);
@@ -92,7 +94,9 @@ fn a_packet_is_followed_as_the_rules_lead_it() {
         (NODE, "10.96.0.1", 80, Forwarded, web, Some(false), &["10.244.1.1:8080"]),
         (OUTSIDE, "10.96.0.1", 80, Forwarded, web, Some(true), &["10.244.1.1:8080"]),
         (POD, "10.96.0.1", 81, Rejected, None, None, &[]),
-        (POD, "10.96.9.9", 80, NotServices, None, None, &[]),
+        (POD, "10.96.9.9", 80, Dropped, None, None, &[]),
+        (NODE, "10.96.9.9", 80, Dropped, None, None, &[]),
+        (POD, "10.97.9.9", 80, NotServices, None, None, &[]),
         (OUTSIDE, "198.51.100.9", 80, Forwarded, lb, Some(false), &["10.244.1.2:8080"]),
         ("192.0.2.200", "198.51.100.9", 80, Dropped, lb, None, &[]),
         (OUTSIDE, NODE, 30080, Forwarded, lb, Some(false), &["10.244.1.2:8080"]),

@@ -114,7 +114,7 @@ fn read_alone(answer: &[u8], family: Family) {
     elements.sort_by_key(|element| element.key);
     elements.dedup();
     if let Some(list) = Sources::read(family, &elements) {
-        assert!(list.ranges().all(|(first, last)| first <= last));
+        assert!(list.intervals().ranges().all(|(first, last)| first <= last));
         assert_eq!(Sources::read(family, &list.elements()), Some(list));
     }
 }

@@ -7,6 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use keelson_api::object::ObjectKey;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -18,6 +19,7 @@ use crate::{
     model::{
         Family,
         objects::{Place, Service, Slice},
+        service_ranges::ServiceRanges,
         table::ServiceTable,
     },
     nftables::apply::Table,
@@ -120,9 +122,11 @@ pub fn objects_to_rules(data: &[u8]) {
     let config = config(&mut source);
     let at_once = source.below(8);
     let steps = source.several(12, object);
+    let ranges = [(); 2].map(|()| source.several(4, |source| source.pick(&RANGES)));
     let (first, rest) = steps.split_at(at_once.min(steps.len()));
 
     let mut world = World::new();
+    world.take_in_ranges(&ranges[0]);
     first.iter().for_each(|step| drop(world.take_in(step)));
     let mut tables = FAMILIES.map(|family| open(&config, family));
     for table in &mut tables {
@@ -130,8 +134,11 @@ pub fn objects_to_rules(data: &[u8]) {
         let applied = table.synchronize(&world.desired).expect("the kernel takes a table");
         assert_taken(&applied);
     }
-    for step in rest {
-        let dirty = world.take_in(step);
+    for n in 0..=rest.len() {
+        let dirty = match rest.get(n) {
+            Some(step) => world.take_in(step),
+            None => world.take_in_ranges(&ranges[1]),
+        };
         for table in &mut tables {
             let applied = table.apply(&dirty, &world.desired).expect("the kernel takes a change");
             assert_taken(&applied);
@@ -278,6 +285,10 @@ fn slice(source: &mut Source<'_>) -> Value {
            "addressType": SLICE_FAMILIES[if source.below(4) == 0 { source.below(4) } else { 0 }]})
 }
 
+fn service_cidr(ranges: &[&str]) -> ServiceCIDR {
+    read(&json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ranges}}))
+}
+
 fn read<K: DeserializeOwned>(object: &Value) -> K {
     serde_json::from_value(object.clone()).expect("objects are made as the API's types are")
 }
@@ -298,6 +309,14 @@ impl World {
         let mut desired = Desired::default();
         desired.replace(&ObjectKey::default(), Some(node));
         Self { objects: ServiceTable::default(), desired }
+    }
+
+    /// Takes in all ranges of Services; what may have to be written.
+    fn take_in_ranges(&mut self, texts: &[&str]) -> Vec<Unit> {
+        let mut ranges = ServiceRanges::default();
+        let problems = ranges.set(&service_cidr(texts));
+        assert!(problems.iter().all(|problem| !problem.message.is_empty()));
+        self.desired.set_service_ranges(ranges.all()).dirty
     }
 
     /// Takes in an object; what may have to be written.
@@ -332,6 +351,7 @@ fn check_plan(config: &ProxyConfig, steps: &[Value]) {
     let objects = Objects {
         services: of_kind("Service").into_iter().map(read).collect(),
         slices: of_kind("EndpointSlice").into_iter().map(read).collect(),
+        service_cidrs: vec![service_cidr(&RANGES)],
         node: None,
     };
     let node: Vec<IpAddr> = NODE.iter().filter_map(|text| text.parse().ok()).collect();

@@ -122,7 +122,7 @@ impl HealthChecks {
                         && frontend.protocol == Protocol::Tcp
                         && self.claims.contains_key(&frontend.port)
                 }
-                Unit::Address(..) => false,
+                Unit::Address(..) | Unit::ServiceRanges(_) => false,
             });
     }
 

@@ -267,7 +267,8 @@ impl Backend for Rules {
                 }
                 Unit::Address(AddressSet::NodeAddresses, _) => whole = Whole::Base,
                 // Endpoints masquerade themselves, and unused ports are nobody's.
-                Unit::Address(AddressSet::ClusterAddresses | AddressSet::Hairpin, _) => {}
+                Unit::Address(AddressSet::ClusterAddresses | AddressSet::Hairpin, _)
+                | Unit::ServiceRanges(_) => {}
             }
         }
         if whole == Whole::Base {

@@ -446,7 +446,7 @@ pub(crate) enum Data {
 pub(crate) struct Element {
     /// The key.
     pub(crate) key: Bytes,
-    /// The data; not looked at when an element is removed.
+    /// The data; when an element is removed, it is only told whether an interval ends there.
     pub(crate) data: Data,
 }
 
@@ -454,12 +454,13 @@ impl Element {
     fn write(&self, w: &mut Writer, with_data: bool) {
         let element = w.begin_nest(NFTA_LIST_ELEM);
         w.nest(NFTA_SET_ELEM_KEY, |w| w.bytes_attribute(NFTA_DATA_VALUE, self.key.as_slice()));
+        // Where one interval ends another one may begin: the flag tells them apart.
+        if self.data == Data::IntervalEnd {
+            w.u32_attribute(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
+        }
         if with_data {
             match &self.data {
-                Data::None | Data::Foreign => {}
-                Data::IntervalEnd => {
-                    w.u32_attribute(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
-                }
+                Data::None | Data::Foreign | Data::IntervalEnd => {}
                 Data::Value(value) => w.nest(NFTA_SET_ELEM_DATA, |w| {
                     w.bytes_attribute(NFTA_DATA_VALUE, value.as_slice());
                 }),

@@ -22,6 +22,15 @@ impl Changes {
         self.added.entry(set).or_default().push(Element { key, data });
     }
 
+    /// Replaces all elements of a set by others.
+    pub(crate) fn replace(&mut self, set: &'static str, old: Vec<Element>, new: Vec<Element>) {
+        for (list, elements) in [(&mut self.removed, old), (&mut self.added, new)] {
+            if !elements.is_empty() {
+                list.entry(set).or_default().extend(elements);
+            }
+        }
+    }
+
     /// Whether there is nothing to do.
     pub(crate) fn is_empty(&self) -> bool {
         self.removed.is_empty() && self.added.is_empty()

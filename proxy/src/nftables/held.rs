@@ -10,6 +10,7 @@ use super::{
     batch::Data,
     changes::Changes,
     expression::Verdict,
+    intervals::Intervals,
     keys::{address_element, endpoint_bytes, frontend_key},
     layout::{self, DynamicChain, PickChain},
     rules::Layout,
@@ -74,6 +75,8 @@ pub(crate) struct HeldFrontend {
 pub(crate) struct Held {
     pub(super) frontends: HashMap<Frontend, HeldFrontend>,
     pub(super) addresses: HashSet<(AddressSet, IpAddr)>,
+    /// `None` for none.
+    pub(super) service_ranges: Option<Intervals>,
     /// From where clients may come. Lanes of one address share this and the next.
     pub(super) firewall: HashMap<Frontend, SourcesId>,
     /// For how many seconds a client's endpoint is remembered.
@@ -106,6 +109,8 @@ pub(crate) struct Plan {
 pub(crate) enum Next {
     /// An address is in a set or isn't.
     Address(AddressSet, IpAddr, bool),
+    /// Ranges of Services' addresses.
+    ServiceRanges(Intervals),
     /// A frontend, or none.
     Frontend(Frontend, Option<HeldFrontend>),
     /// From where clients of a frontend may come.
@@ -119,7 +124,8 @@ impl Held {
     pub(crate) fn units(&self) -> impl Iterator<Item = Unit> + '_ {
         let addresses = self.addresses.iter().map(|(set, address)| Unit::Address(*set, *address));
         let frontends = self.frontends.keys().chain(self.firewall.keys()).chain(self.sticky.keys());
-        addresses.chain(frontends.map(|f| Unit::Frontend(*f)))
+        let ranges = self.service_ranges.iter().map(|held| Unit::ServiceRanges(held.family()));
+        addresses.chain(frontends.map(|f| Unit::Frontend(*f))).chain(ranges)
     }
 
     /// What is there for a frontend.
@@ -147,6 +153,18 @@ impl Held {
                     plan.changes.remove(name, key);
                 }
                 plan.next.push(Next::Address(set, address, wanted));
+            }
+            Unit::ServiceRanges(family) => {
+                // As long as nobody knows, what is there stays.
+                let Some(wanted) = desired.service_ranges() else { return };
+                let wanted = Intervals::new(family, wanted);
+                let held = self.service_ranges.as_ref();
+                if held.is_some_and(|held| *held == wanted) || held.is_none() && wanted.is_empty() {
+                    return;
+                }
+                let before = held.map(Intervals::elements).unwrap_or_default();
+                plan.changes.replace(layout::SERVICE_RANGES, before, wanted.elements());
+                plan.next.push(Next::ServiceRanges(wanted));
             }
             Unit::Frontend(frontend) => {
                 let held = self.frontends.get(&frontend);
@@ -213,6 +231,9 @@ impl Held {
             }
             Next::Address(set, address, false) => {
                 self.addresses.remove(&(set, address));
+            }
+            Next::ServiceRanges(ranges) => {
+                self.service_ranges = Some(ranges).filter(|ranges| !ranges.is_empty());
             }
             Next::Firewall(frontend, sources) => self.enter_sources(frontend, sources),
             Next::Sticky(frontend, next) => {

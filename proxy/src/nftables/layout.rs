@@ -29,6 +29,8 @@ pub(crate) const NO_ENDPOINTS: &str = "no-endpoints";
 pub(crate) const NO_ENDPOINT_NODEPORTS: &str = "no-endpoint-nodeports";
 /// Addresses of Services.
 pub(crate) const CLUSTER_IPS: &str = "cluster-ips";
+/// Ranges that addresses of Services are taken from.
+pub(crate) const SERVICE_RANGES: &str = "service-ranges";
 /// `endpoint . endpoint`: those that may be their own client.
 pub(crate) const HAIRPIN: &str = "hairpin";
 /// The node's addresses that answer on node ports.

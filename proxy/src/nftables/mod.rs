@@ -28,6 +28,7 @@ pub(crate) mod contention;
 pub(crate) mod elements;
 pub(crate) mod expression;
 pub(crate) mod held;
+pub(crate) mod intervals;
 pub(crate) mod keys;
 pub(crate) mod layout;
 pub(crate) mod look;
@@ -59,5 +60,7 @@ mod monitor_test;
 mod refusal_test;
 #[cfg(test)]
 mod ruleset_test;
+#[cfg(test)]
+mod service_ranges_test;
 #[cfg(test)]
 mod sources_test;

@@ -12,7 +12,8 @@ use super::{
     compare::{FoundChain, FoundRule, FoundSet, FoundTable},
     elements::{all_elements, list_elements, read_endpoints},
     held::Held,
-    layout::{DynamicChain, endpoints_lane},
+    intervals::Intervals,
+    layout::{DynamicChain, SERVICE_RANGES, endpoints_lane},
     reading::Reading,
     rules::Layout,
     socket::{NftError, NftSocket},
@@ -87,6 +88,11 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
         }
     }
 
+    let ranges = all_elements(socket, layout.family, SERVICE_RANGES)?;
+    let Some(ranges) = Intervals::read(layout.family, &ranges) else {
+        return different(format!("the set {SERVICE_RANGES} was edited"));
+    };
+
     let mut reading = Reading::new(layout.family);
     let (mut plain, mut of_endpoints) = (Vec::new(), Vec::new());
     for set in layout.sets() {
@@ -107,6 +113,7 @@ pub(crate) fn observe(socket: &mut NftSocket, layout: &Layout) -> Result<Found, 
     }
     let (mut held, strays) = reading.finish();
     held.enter_found(picks);
+    held.service_ranges = Some(ranges).filter(|ranges| !ranges.is_empty());
     Ok(Found::Intact { held: Box::new(held), strays })
 }
 

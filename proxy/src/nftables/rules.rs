@@ -99,6 +99,10 @@ impl Layout {
             set(NO_ENDPOINTS, &with_address[..3], length + 8, MapData::Verdict),
             set(NO_ENDPOINT_NODEPORTS, &without[..2], 8, MapData::Verdict),
             set(CLUSTER_IPS, &[address], length, MapData::None),
+            Set {
+                kind: SetKind::Intervals,
+                ..set(SERVICE_RANGES, &[address], length, MapData::None)
+            },
             set(HAIRPIN, &[address, address], 2 * length, MapData::None),
             set(NODEPORT_IPS, &[address], length, MapData::None),
             set(STICKY, &with_address[..3], length + 8, MapData::Verdict),
@@ -355,7 +359,12 @@ impl Layout {
     fn cluster_ip_checks(&self) -> Vec<Rule> {
         let mut steps = self.in_address_set(CLUSTER_IPS);
         steps.push(verdict(Verdict::Goto(REJECT.into())));
-        vec![rule("ports that no service has", steps)]
+        let mut unallocated = self.in_address_set(SERVICE_RANGES);
+        unallocated.push(verdict(Verdict::Drop));
+        vec![
+            rule("ports that no service has", steps),
+            rule("addresses that no service has", unallocated),
+        ]
     }
 
     fn rejects(&self) -> Vec<Rule> {

@@ -6,15 +6,12 @@
 //! is in the kernel can be told to be the right one, and nobody can choose ranges that get the name
 //! of somebody else's.
 
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::fmt;
 
 use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 
-use super::batch::{Bytes, Data, Element};
+use super::{batch::Element, intervals::Intervals};
 use crate::{
     model::Family,
     ruleset::{Action, Frontend, Lane, desired::Desired},
@@ -47,30 +44,14 @@ impl fmt::Display for SourcesId {
     }
 }
 
-/// A list: first and last address of each range as numbers, ascending, with gaps in between.
+/// A list.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Sources {
-    family: Family,
-    ranges: Vec<(u128, u128)>,
-}
+pub(crate) struct Sources(Intervals);
 
 impl Sources {
     /// The list of these ranges, as far as they are of the family.
     pub(crate) fn new(family: Family, ranges: &[IpNet]) -> Self {
-        let of_family = ranges.iter().filter(|range| Family::of(range.addr()) == family);
-        let mut sorted: Vec<(u128, u128)> =
-            of_family.map(|r| (number(r.network()), number(r.broadcast()))).collect();
-        sorted.sort_unstable();
-        let mut ranges: Vec<(u128, u128)> = Vec::new();
-        for (first, last) in sorted {
-            match ranges.last_mut() {
-                Some(before) if first <= before.1.saturating_add(1) => {
-                    before.1 = before.1.max(last);
-                }
-                _ => ranges.push((first, last)),
-            }
-        }
-        Self { family, ranges }
+        Self(Intervals::new(family, ranges))
     }
 
     /// The list from which clients of a frontend, in whichever lane, must come.
@@ -88,11 +69,16 @@ impl Sources {
         ranges.flatten().map(|ranges| Self::new(frontend.family, ranges))
     }
 
+    /// The list that a set in the kernel has; `None` if no list has these elements.
+    pub(crate) fn read(family: Family, elements: &[Element]) -> Option<Self> {
+        Intervals::read(family, elements).map(Self)
+    }
+
     /// Its name.
     pub(crate) fn id(&self) -> SourcesId {
         let mut digest = Sha256::new();
-        digest.update([self.family.protocol_family()]);
-        for (first, last) in &self.ranges {
+        digest.update([self.0.family().protocol_family()]);
+        for (first, last) in self.0.numbers() {
             digest.update(first.to_be_bytes());
             digest.update(last.to_be_bytes());
         }
@@ -102,113 +88,20 @@ impl Sources {
         SourcesId(id)
     }
 
-    /// First and last address of each range.
-    pub(crate) fn ranges(&self) -> impl Iterator<Item = (IpAddr, IpAddr)> + '_ {
-        let address = |n| address(self.family, n);
-        self.ranges.iter().map(move |(first, last)| (address(*first), address(*last)))
+    /// Its ranges.
+    pub(crate) fn intervals(&self) -> &Intervals {
+        &self.0
     }
 
-    /// The elements of its set: where each range begins, and where it has ended.
+    /// The elements of its set.
     pub(crate) fn elements(&self) -> Vec<Element> {
-        let key = |n| match address(self.family, n) {
-            IpAddr::V4(v4) => Bytes::from_slice(&v4.octets()),
-            IpAddr::V6(v6) => Bytes::from_slice(&v6.octets()),
-        };
-        let mut elements = Vec::new();
-        for (first, last) in &self.ranges {
-            elements.push(Element { key: key(*first), data: Data::None });
-            // A range without an end goes to the last address there is.
-            if *last < highest(self.family) {
-                elements.push(Element { key: key(*last + 1), data: Data::IntervalEnd });
-            }
-        }
-        elements
-    }
-
-    /// The list that a set in the kernel has; `None` if no list has these elements.
-    pub(crate) fn read(family: Family, elements: &[Element]) -> Option<Self> {
-        let mut edges = Vec::with_capacity(elements.len());
-        for element in elements {
-            let key = element.key.as_slice();
-            let at = match family {
-                Family::V4 => u128::from(u32::from_be_bytes(key.try_into().ok()?)),
-                Family::V6 => u128::from_be_bytes(key.try_into().ok()?),
-            };
-            edges.push((at, element.data == Data::IntervalEnd));
-        }
-        edges.sort_unstable();
-        let mut ranges = Vec::new();
-        let mut begun = None;
-        for (at, end) in edges {
-            match (begun, end) {
-                (None, false) => begun = Some(at),
-                (Some(first), true) if at > first => {
-                    ranges.push((first, at - 1));
-                    begun = None;
-                }
-                _ => return None,
-            }
-        }
-        ranges.extend(begun.map(|first| (first, highest(family))));
-        Some(Self { family, ranges })
-    }
-}
-
-fn number(address: IpAddr) -> u128 {
-    match address {
-        IpAddr::V4(v4) => u128::from(v4.to_bits()),
-        IpAddr::V6(v6) => v6.to_bits(),
-    }
-}
-
-fn address(family: Family, number: u128) -> IpAddr {
-    match family {
-        Family::V4 => Ipv4Addr::from_bits(number as u32).into(),
-        Family::V6 => Ipv6Addr::from_bits(number).into(),
-    }
-}
-
-fn highest(family: Family) -> u128 {
-    match family {
-        Family::V4 => u128::from(u32::MAX),
-        Family::V6 => u128::MAX,
+        self.0.elements()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn list(ranges: &[&str]) -> Vec<String> {
-        let ranges: Vec<IpNet> = ranges.iter().map(|r| r.parse().unwrap()).collect();
-        let list = Sources::new(Family::of(ranges[0].addr()), &ranges);
-        assert_eq!(Sources::read(list.family, &list.elements()), Some(list.clone()));
-        assert_eq!(SourcesId::parse(&list.id().name()), Some(list.id()));
-        list.ranges().map(|(first, last)| format!("{first}-{last}")).collect()
-    }
-
-    #[test]
-    fn ranges_that_touch_become_one() {
-        for (ranges, expected) in [
-            (&["10.0.0.0/8"][..], &["10.0.0.0-10.255.255.255"][..]),
-            (&["10.0.1.0/24", "10.0.2.0/24"], &["10.0.1.0-10.0.2.255"]),
-            (&["10.0.0.7/32", "10.0.0.0/8"], &["10.0.0.0-10.255.255.255"]),
-            (&["10.0.0.2/32", "10.0.0.0/32"], &["10.0.0.0-10.0.0.0", "10.0.0.2-10.0.0.2"]),
-            (
-                &["255.0.0.0/8", "0.0.0.0/8"],
-                &["0.0.0.0-0.255.255.255", "255.0.0.0-255.255.255.255"],
-            ),
-            (
-                &["ff00::/8", "fd00::/64"],
-                &[
-                    "fd00::-fd00::ffff:ffff:ffff:ffff",
-                    "ff00::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
-                ],
-            ),
-        ] {
-            assert_eq!(list(ranges), expected);
-        }
-    }
 
     #[test]
     fn other_ranges_have_another_name() {
@@ -217,6 +110,7 @@ mod tests {
             Sources::new(family, &ranges).id()
         };
         let one = id(Family::V4, &["10.0.0.0/8"]);
+        assert_eq!(SourcesId::parse(&one.name()), Some(one));
         assert_eq!(one, id(Family::V4, &["10.128.0.0/9", "10.0.0.0/9", "fd00::/8"]));
         assert_ne!(one, id(Family::V4, &["10.0.0.0/9"]));
         assert_ne!(id(Family::V4, &[]), id(Family::V6, &[]));

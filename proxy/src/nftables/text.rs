@@ -17,8 +17,8 @@ use super::{
     apply::{Whole, whole},
     batch::{Chain, Data, Element, Hook, MapData, Set, SetKind, TABLE},
     expression::{Comparison, Ct, Expression, Register, Verdict},
+    intervals::Intervals,
     rules::{Layout, types},
-    sources::Sources,
     uapi::*,
 };
 use crate::{
@@ -36,13 +36,18 @@ pub(crate) fn text(layout: &Layout, goal: Goal<'_>) -> String {
         key_words.insert(set.name.to_string(), set.key_length / 4);
         let changes = [&plan.early, &plan.changes];
         let elements = changes.iter().flat_map(|changes| changes.added(&set.name));
-        let elements: Vec<String> = elements.map(|element| element_text(&set, element)).collect();
+        let elements: Vec<String> = if set.kind == SetKind::Intervals {
+            let edges: Vec<Element> = elements.cloned().collect();
+            Intervals::read(layout.family, &edges).iter().flat_map(ranges_text).collect()
+        } else {
+            elements.map(|element| element_text(&set, element)).collect()
+        };
         set_text(&mut text, &set, &elements);
     }
     for (id, list) in &needed.lists {
         let set = layout.source_set(*id);
         key_words.insert(set.name.to_string(), set.key_length / 4);
-        set_text(&mut text, &set, &ranges_text(list));
+        set_text(&mut text, &set, &ranges_text(list.intervals()));
     }
     let dynamic = needed.chains.iter().map(|chain| layout.dynamic_chain(*chain));
     for chain in layout.chains().into_iter().chain(dynamic) {
@@ -147,7 +152,7 @@ fn native(bytes: &[u8]) -> u32 {
 }
 
 /// Ranges as nft shortens them.
-fn ranges_text(list: &Sources) -> Vec<String> {
+fn ranges_text(intervals: &Intervals) -> Vec<String> {
     let shortened = |(first, last): (IpAddr, IpAddr)| {
         let longest = if first.is_ipv4() { 32 } else { 128 };
         let network = (0..=longest).find_map(|length| {
@@ -160,7 +165,7 @@ fn ranges_text(list: &Sources) -> Vec<String> {
             None => format!("{first}-{last}"),
         }
     };
-    list.ranges().map(shortened).collect()
+    intervals.ranges().map(shortened).collect()
 }
 
 fn verdict_text(verdict: &Verdict) -> String {

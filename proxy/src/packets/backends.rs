@@ -14,6 +14,7 @@ use crate::{
     model::{
         Family, Problem,
         objects::{Place, Service, Slice},
+        service_ranges::ServiceRanges,
         table::ServiceTable,
     },
     netns::Namespace,
@@ -50,6 +51,7 @@ struct State {
     backend: Box<dyn Backend>,
     stale: Tracker,
     family: Family,
+    ranges: ServiceRanges,
 }
 
 /// Everything between objects and packets, but for the loop.
@@ -95,6 +97,7 @@ impl<'a> Proxy<'a> {
             backend,
             stale: Tracker::default(),
             family,
+            ranges: ServiceRanges::default(),
         };
         let state = Arc::new(Mutex::new(state));
         Self { host, config: config.clone(), family, state, runtime }
@@ -110,6 +113,10 @@ impl<'a> Proxy<'a> {
         let proxy = Self::start(host, config, family);
         proxy.with(move |state| {
             for object in objects {
+                if object["kind"] == "ServiceCIDR" {
+                    state.read_ranges(object);
+                    continue;
+                }
                 let (touched, _) = state.read(object);
                 for key in touched {
                     let rules = state.objects.rules(&key, &[state.family]).map(|(rules, _)| rules);
@@ -128,6 +135,7 @@ impl<'a> Proxy<'a> {
             let (mut old, mut new) = (self.state.lock().unwrap(), again.state.lock().unwrap());
             std::mem::swap(&mut old.objects, &mut new.objects);
             std::mem::swap(&mut old.desired, &mut new.desired);
+            std::mem::swap(&mut old.ranges, &mut new.ranges);
         }
         again
     }
@@ -142,9 +150,13 @@ impl<'a> Proxy<'a> {
         })
     }
 
-    /// Takes in a Service or EndpointSlice as it is now.
+    /// Takes in a Service, EndpointSlice or ServiceCIDR as it is now.
     pub(super) fn set(&self, object: Value) -> Applied {
         self.with(move |state| {
+            if object["kind"] == "ServiceCIDR" {
+                let dirty = state.read_ranges(object);
+                return state.write(&dirty);
+            }
             let (touched, problems) = state.read(object);
             assert_eq!(problems, []);
             state.commit(&touched)
@@ -161,8 +173,14 @@ impl<'a> Proxy<'a> {
 
     /// Takes in that an object of this kind is gone.
     pub(super) fn remove(&self, kind: &str, name: &str) -> Applied {
-        let (service, key) = (kind == "Service", ObjectKey::new("d", name));
+        let (service, ranges) = (kind == "Service", kind == "ServiceCIDR");
+        let key = ObjectKey::new("d", name);
         self.with(move |state| {
+            if ranges {
+                state.ranges.remove(&key.name);
+                let dirty = state.desired.set_service_ranges(state.ranges.all()).dirty;
+                return state.write(&dirty);
+            }
             let touched = if service {
                 state.objects.set_service(&key, None);
                 vec![key]
@@ -204,6 +222,12 @@ impl State {
         }
     }
 
+    /// Takes in a ServiceCIDR: what may have to be written.
+    fn read_ranges(&mut self, object: Value) -> Vec<Unit> {
+        assert_eq!(self.ranges.set(&serde_json::from_value(object).unwrap()), []);
+        self.desired.set_service_ranges(self.ranges.all()).dirty
+    }
+
     fn commit(&mut self, touched: &[ObjectKey]) -> Applied {
         let mut dirty: Vec<Unit> = Vec::new();
         for key in touched {
@@ -212,8 +236,12 @@ impl State {
             self.stale.changed(&outcome);
             dirty.extend(outcome.dirty);
         }
+        self.write(&dirty)
+    }
+
+    fn write(&mut self, dirty: &[Unit]) -> Applied {
         let goal = Goal { desired: &self.desired, objects: &self.objects };
-        let applied = self.backend.apply(&dirty, goal).unwrap();
+        let applied = self.backend.apply(dirty, goal).unwrap();
         assert_served(&applied);
         if self.backend.tracks_connections() {
             let stale = self.stale.settle(&self.desired, &self.objects);

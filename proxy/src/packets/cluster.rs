@@ -63,6 +63,7 @@ impl Api {
             "Service" => SERVICES,
             "EndpointSlice" => SLICES,
             "Node" => NODES,
+            "ServiceCIDR" => SERVICE_CIDRS,
             other => panic!("{other} is not served"),
         };
         let name = object["metadata"]["name"].as_str().unwrap().to_owned();
@@ -92,7 +93,11 @@ impl Api {
     /// Takes in that an object of this kind is gone.
     pub(super) fn remove(&self, kind: &str, name: &str) {
         let mut objects = self.objects.lock().unwrap();
-        let path = if kind == "Service" { SERVICES } else { SLICES };
+        let path = match kind {
+            "Service" => SERVICES,
+            "ServiceCIDR" => SERVICE_CIDRS,
+            _ => SLICES,
+        };
         let version = objects.log.len() + 1;
         let mut object = objects.now.remove(&(path, name.to_owned())).unwrap();
         object["metadata"]["resourceVersion"] = version.to_string().into();
@@ -122,8 +127,9 @@ impl Api {
     }
 
     fn answer(&self, request: &Request<Body>) -> Answer {
-        let Some(path) =
-            [SERVICES, SLICES, NODES].into_iter().find(|path| *path == request.uri().path())
+        let Some(path) = [SERVICES, SLICES, NODES, SERVICE_CIDRS]
+            .into_iter()
+            .find(|path| *path == request.uri().path())
         else {
             return whole(&json!({}));
         };
@@ -178,6 +184,7 @@ type Answer = UnsyncBoxBody<Bytes, Infallible>;
 const SERVICES: &str = "/api/v1/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 const NODES: &str = "/api/v1/nodes";
+const SERVICE_CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
 
 /// A whole proxy in a host's namespace.
 pub(super) struct Running {

@@ -29,6 +29,7 @@ pub(super) fn edits(mode: Mode, family: Family) -> Vec<String> {
             "delete element X services { ONE . tcp . 80 }",
             "add element X services { TEN . tcp . 80 : drop }",
             "add element X cluster-ips { TEN }",
+            "add element X service-ranges { TEN }",
             "flush chain X endpoints-2",
             "add rule X nat-output accept",
             "insert rule X nat-prerouting accept",

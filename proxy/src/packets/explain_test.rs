@@ -101,6 +101,8 @@ fn snapshot(config: &ProxyConfig, family: Family) -> Snapshot {
         let own = Own { addresses, n: u8::try_from(n).unwrap() + 1 };
         let service = own.service((feature.service)(own));
         objects.services.push(serde_json::from_value(service).unwrap());
+        let ranges = own.ranges(&(feature.ranges)(own));
+        objects.service_cidrs.push(serde_json::from_value(ranges).unwrap());
         for (part, slice) in feature.slices.iter().enumerate() {
             objects.slices.push(serde_json::from_value(own.slice(part, slice)).unwrap());
         }
@@ -163,12 +165,20 @@ fn wrong(answer: &Explanation, expect: Expect, question: &Question, own: Own) ->
         [own.addresses.node(), own.addresses.node_other(), own.addresses.loopback()].contains(&to);
     let verdict = answer.verdict;
     let fits = match expect {
+        // Nobody's business.
+        Expect::By(..) if matches!(question.expect, Expect::Unclaimed(_)) => {
+            return (verdict != Verdict::NotServices)
+                .then(|| format!("{:?}: packets get through", question.from));
+        }
         Expect::By(..) => verdict == Verdict::Forwarded,
         // Where nobody listens on the node, it is the kernel that refuses.
         Expect::Refused => {
             verdict == Verdict::Rejected || to_the_node && verdict == Verdict::NotServices
         }
         Expect::Closed => verdict == Verdict::Dropped,
+        Expect::Silence if matches!(question.expect, Expect::Unclaimed(_)) => {
+            verdict == Verdict::Dropped
+        }
         _ => matches!(verdict, Verdict::Dropped | Verdict::NotServices),
     };
     if !fits {

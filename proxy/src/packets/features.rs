@@ -24,6 +24,8 @@ pub(super) enum Expect {
     NotAdmitted,
     /// The address is a Service's, the port isn't.
     UnusedPort,
+    /// The address is in the Services' ranges and no Service has it, though this pod may.
+    Unclaimed(&'static [u8]),
     /// Nobody serves it: the packet goes its way as if there were no proxy, and is never answered.
     PassesBy,
     /// It came and went without an answer.
@@ -49,6 +51,9 @@ impl Expect {
     pub(super) fn for_backend(self, mode: Mode, protocol: Protocol) -> Self {
         match (self, mode) {
             (PassesBy, _) => Silence,
+            (Unclaimed(_), Mode::Nftables) => Silence,
+            // As with kube-proxy, ranges are not known there.
+            (Unclaimed(pods), _) => By(pods, Client),
             // There are no relays for it, and the address is the node's own.
             (_, Mode::Userspace) if protocol == Protocol::Sctp => Refused,
             // Relays connect by themselves: the client's address is lost.
@@ -190,6 +195,12 @@ impl Own {
         object
     }
 
+    /// A ServiceCIDR of its own.
+    pub(super) fn ranges(self, ranges: &[String]) -> Value {
+        json!({"kind": "ServiceCIDR", "metadata": {"name": self.n.to_string()},
+            "spec": {"cidrs": ranges}})
+    }
+
     /// One of its slices.
     pub(super) fn slice(self, part: usize, Part(port, pods): &Part) -> Value {
         let endpoints: Vec<Value> = pods.iter().map(|pod| pod.json(self.addresses)).collect();
@@ -221,5 +232,7 @@ pub(super) struct Feature {
     pub(super) config: fn(&mut ProxyConfig),
     pub(super) service: fn(Own) -> Value,
     pub(super) slices: Vec<Part>,
+    /// Ranges that cluster addresses are taken from.
+    pub(super) ranges: fn(Own) -> Vec<String>,
     pub(super) questions: Vec<Question>,
 }

@@ -61,12 +61,14 @@ fn run_table_by(variant: Variant, mode: Mode, family: Family, protocols: &[Proto
             }
         };
         let own = Own { addresses: Addresses(family), n: u8::try_from(n).unwrap() + 1 };
-        // In this order only the Service leads to a commit.
+        proxy.set(own.ranges(&(feature.ranges)(own)));
+        // In this order only the Service leads to a commit of rules.
         for (part, slice) in feature.slices.iter().enumerate() {
             proxy.set(own.slice(part, slice));
         }
         proxy.set(own.service((feature.service)(own)));
         failures.extend(failures_of(&net, &feature, own, mode, protocols));
+        proxy.remove("ServiceCIDR", &own.n.to_string());
         proxy.remove("Service", &own.n.to_string());
         for part in 0..feature.slices.len() {
             proxy.remove("EndpointSlice", &format!("{}-{part}", own.n));

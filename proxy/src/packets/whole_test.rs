@@ -83,6 +83,35 @@ fn a_service_of_both_families_is_served_in_both(mode: Mode, family: Family) {
     running.stop();
 }
 
+/// Only with nftables, as with kube-proxy.
+#[test]
+fn ranges_of_services_come_and_go_with_their_objects() {
+    let net = Net::new();
+    let api = Api::new();
+    let running = Running::start(&net.host, config(Mode::Nftables), &api);
+    for own in [Family::V4, Family::V6].map(own) {
+        let pod = SocketAddr::new(own.addresses.pod(4), 8080);
+        let passes = |expected: bool| {
+            until(&format!("{pod} is reached: {expected}"), || {
+                let answer = net.ask_briefly(OUTSIDE, Protocol::Tcp, pod);
+                matches!(answer, Answer::By(4, ..)) == expected
+            });
+        };
+        let ranges =
+            [pod.ip(), own.cluster()].map(|address| own.ranges(&[own.addresses.only(address)]));
+        passes(true);
+        api.set(ranges[0].clone());
+        passes(false);
+        api.set(ranges[1].clone());
+        passes(true);
+        api.set(ranges[0].clone());
+        passes(false);
+        api.remove("ServiceCIDR", &own.n.to_string());
+        passes(true);
+    }
+    running.stop();
+}
+
 fn health_checks_tell_of_endpoints_on_this_node(mode: Mode, family: Family) {
     const PORT: u16 = 32_100;
     let net = Net::new();

@@ -307,7 +307,7 @@ impl Keeper {
             .iter()
             .filter_map(|unit| match unit {
                 Unit::Frontend(frontend) => goal.desired.owner(frontend),
-                Unit::Address(..) => None,
+                Unit::Address(..) | Unit::ServiceRanges(_) => None,
             })
             .collect();
         self.unwritten.triggered.retain(|(service, at)| {

@@ -239,6 +239,11 @@ impl Proxier {
                 }
                 Vec::new()
             }
+            ChangeKind::ServiceRanges(ranges) => {
+                let outcome = self.wanted.desired.set_service_ranges(ranges);
+                self.changed(&outcome, Some(change.at));
+                Vec::new()
+            }
             ChangeKind::Drift(cause) => {
                 self.heard(cause);
                 Vec::new()

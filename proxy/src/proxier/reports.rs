@@ -288,6 +288,10 @@ pub(super) fn refused(
             Unit::Address(_, address) => {
                 tracing::error!(%address, "the kernel refused an address: it {message}");
             }
+            Unit::ServiceRanges(family) => {
+                let family = family.as_str();
+                tracing::error!(family, "the kernel refused the ranges of Services: it {message}");
+            }
         }
     }
 }

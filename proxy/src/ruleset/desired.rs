@@ -10,9 +10,11 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
 use keelson_api::object::ObjectKey;
 
 use super::{Action, AddressSet, Frontend, Unit};
+use crate::model::Family;
 
 /// What one Service wants.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,6 +65,7 @@ pub(crate) struct Desired {
     /// Who else wants a frontend.
     waiting: HashMap<Frontend, BTreeMap<Claimant, Action>>,
     addresses: HashMap<(AddressSet, IpAddr), u32>,
+    service_ranges: Option<Box<[IpNet]>>,
     services: HashMap<Arc<ObjectKey>, Box<Entry>>,
 }
 
@@ -94,7 +97,28 @@ impl Desired {
     /// Everything that should be there.
     pub(crate) fn units(&self) -> impl Iterator<Item = Unit> + '_ {
         let addresses = self.addresses.keys().map(|(set, address)| Unit::Address(*set, *address));
-        addresses.chain(self.frontends.keys().map(|frontend| Unit::Frontend(*frontend)))
+        let frontends = self.frontends.keys().map(|frontend| Unit::Frontend(*frontend));
+        let known = self.service_ranges.is_some().then_some([Family::V4, Family::V6]);
+        addresses.chain(frontends).chain(known.into_iter().flatten().map(Unit::ServiceRanges))
+    }
+
+    /// The ranges that cluster addresses are taken from, of both families; `None` as long as nobody
+    /// has told.
+    pub(crate) fn service_ranges(&self) -> Option<&[IpNet]> {
+        self.service_ranges.as_deref()
+    }
+
+    /// Puts the ranges in place that cluster addresses are taken from now, sorted.
+    pub(crate) fn set_service_ranges(&mut self, ranges: Vec<IpNet>) -> Outcome {
+        let before = self.service_ranges.replace(ranges.into());
+        let of = |ranges: &[IpNet], family| -> Vec<IpNet> {
+            ranges.iter().filter(|range| Family::of(range.addr()) == family).copied().collect()
+        };
+        let now = self.service_ranges().unwrap_or_default();
+        let changed = [Family::V4, Family::V6].into_iter().filter(|family| {
+            before.as_deref().is_none_or(|before| of(before, *family) != of(now, *family))
+        });
+        Outcome { dirty: changed.map(Unit::ServiceRanges).collect(), ..Outcome::default() }
     }
 
     /// Puts in place what a Service wants now (`None` if it is gone), instead of what it wanted.
@@ -242,7 +266,7 @@ impl Desired {
 #[cfg(test)]
 mod tests {
     use super::{super::Lane, *};
-    use crate::model::{Family, Protocol};
+    use crate::model::Protocol;
 
     fn frontend(port: u16) -> Frontend {
         Frontend {

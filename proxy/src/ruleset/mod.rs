@@ -1,8 +1,9 @@
 //! What the kernel should hold, independent of how a backend writes it.
 //!
-//! A ruleset is two kinds of small independent things, called [`Unit`]s: *frontends* (an address
-//! and port that clients use, with the endpoints behind it) and *addresses* in a few sets. A change
-//! of a Service touches a few units, and only those are planned and written.
+//! A ruleset is small independent things, called [`Unit`]s: *frontends* (an address and port that
+//! clients use, with the endpoints behind it), *addresses* in a few sets, and the *ranges* that
+//! Services' addresses are taken from. A change of a Service touches a few units, and only those are
+//! planned and written.
 
 pub(crate) mod desired;
 pub(crate) mod slots;
@@ -127,6 +128,9 @@ pub(crate) enum Unit {
     Address(AddressSet, IpAddr),
     /// A frontend with all that belongs to it.
     Frontend(Frontend),
+    /// The ranges that cluster addresses of a family are taken from: what is sent to those that no
+    /// Service has is dropped.
+    ServiceRanges(Family),
 }
 
 impl Unit {
@@ -135,6 +139,7 @@ impl Unit {
         match self {
             Self::Address(_, address) => Family::of(*address),
             Self::Frontend(frontend) => frontend.family,
+            Self::ServiceRanges(family) => *family,
         }
     }
 }

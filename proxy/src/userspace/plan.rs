@@ -197,6 +197,8 @@ impl Changes {
                     };
                     addresses.push((*address, desired.has_address(*set, *address)));
                 }
+                // Where nobody listens the route decides.
+                Unit::ServiceRanges(_) => {}
             }
         }
         changes.rules =

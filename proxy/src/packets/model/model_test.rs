@@ -139,6 +139,7 @@ impl<'a> Run<'a> {
             Change::Slice(id, None) => {
                 proxy.remove("EndpointSlice", &Slice::name(*id));
             }
+            Change::Ranges(ranges) => drop(proxy.set(ranges.object(self.family))),
             Change::Restart => {
                 let objects = self.world.objects(self.family);
                 let host = &self.net.host;
@@ -203,6 +204,7 @@ impl<'a> Run<'a> {
                     Expect::Refused if nobody => Fate::Untouched,
                     Expect::Refused => Fate::Refused,
                     Expect::UnusedPort if self.mode == Mode::Nftables => Fate::Refused,
+                    Expect::Unclaimed(_) if self.mode != Mode::Nftables => Fate::Untouched,
                     Expect::UnusedPort | Expect::PassesBy => Fate::Untouched,
                     _ => Fate::Dropped,
                 }]
@@ -282,11 +284,13 @@ impl<'a> Run<'a> {
                 Err(Expect::NotAdmitted)
             }
             // An address that relays serve is the node's own.
-            Err(Expect::PassesBy)
+            Err(Expect::PassesBy | Expect::Unclaimed(_))
                 if self.mode == Mode::Userspace && self.world.knows_address(to) =>
             {
                 Err(Expect::Refused)
             }
+            // Only that mode knows ranges.
+            Err(Expect::Unclaimed(_)) if self.mode != Mode::Nftables => Err(Expect::PassesBy),
             other => other,
         }
     }

@@ -137,6 +137,7 @@ impl World {
                 // The node itself answers for ports of its own that nobody has.
                 To::NodePort(..) => Expect::Refused,
                 To::Cluster(..) if self.knows_address(to) => Expect::UnusedPort,
+                _ if self.ranges.have(to) => Expect::Unclaimed(&[]),
                 _ => Expect::PassesBy,
             });
         };

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::world::{CLAIMS, Families, Kind, Point, Ranges, Slice, Spec, World};
+use super::world::{CLAIMS, Families, Kind, Point, Ranges, ServiceRanges, Slice, Spec, World};
 use crate::packets::fixture::PODS;
 
 /// How many Services there are at the most, and how many cluster addresses they share.
@@ -29,6 +29,8 @@ pub(super) enum Step {
         doubled: bool,
     },
     RemoveSlice(u8),
+    /// Where Services' addresses come from.
+    Ranges(ServiceRanges),
     /// The proxy is started again.
     Restart,
     /// Another program edits the rules.
@@ -58,6 +60,7 @@ pub(super) enum Field {
 pub(super) enum Change {
     Service(u8, Option<Spec>),
     Slice(u8, Option<Slice>),
+    Ranges(ServiceRanges),
     Restart,
     Edit(usize),
 }
@@ -97,6 +100,7 @@ impl Step {
                 changes
             }
             Self::RemoveSlice(id) => vec![Change::Slice(id, None)],
+            Self::Ranges(ranges) => vec![Change::Ranges(ranges)],
             Self::Restart => vec![Change::Restart],
             Self::Edit(which) => vec![Change::Edit(which)],
         }
@@ -132,6 +136,7 @@ impl World {
             Change::Service(n, None) => drop(self.services.remove(&n)),
             Change::Slice(id, Some(slice)) => drop(self.slices.insert(id, slice)),
             Change::Slice(id, None) => drop(self.slices.remove(&id)),
+            Change::Ranges(ranges) => self.ranges = ranges,
             Change::Restart | Change::Edit(_) => {}
         }
     }
@@ -150,16 +155,19 @@ pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (id.clone(), id.clone(), any::<bool>())
             .prop_map(|(from, to, doubled)| Step::Move { from, to, doubled }),
         1 => id.prop_map(Step::RemoveSlice),
+        1 => service_ranges().prop_map(Step::Ranges),
         1 => Just(Step::Restart),
         1 => (0usize..100).prop_map(Step::Edit),
     ];
-    let begin = (spec(), slice(), slice(), 1..=SERVICES).prop_map(|(spec, one, two, second)| {
+    let begin = (spec(), slice(), slice(), 1..=SERVICES, service_ranges());
+    let begin = begin.prop_map(|(spec, one, two, second, ranges)| {
         let slice = |service, slice| Slice { service, other_family: false, ..slice };
         vec![
             Step::Service(1, Spec { kind: Kind::LoadBalancer, ..spec.clone() }),
             Step::Slice(0, slice(1, one)),
             Step::Slice(1, slice(second, two)),
             Step::Service(2, spec),
+            Step::Ranges(ranges),
         ]
     });
     (begin, proptest::collection::vec(step, 8..20)).prop_map(|(begin, rest)| [begin, rest].concat())
@@ -237,6 +245,14 @@ fn spec() -> impl Strategy<Value = Spec> {
             publish_not_ready: flags.3,
         },
     )
+}
+
+fn service_ranges() -> impl Strategy<Value = ServiceRanges> {
+    any::<[bool; 3]>().prop_map(|[clusters, some_clusters, external]| ServiceRanges {
+        clusters,
+        some_clusters,
+        external,
+    })
 }
 
 fn slice() -> impl Strategy<Value = Slice> {

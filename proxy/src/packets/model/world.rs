@@ -115,13 +115,49 @@ pub(super) enum To {
 pub(super) struct World {
     pub(super) services: BTreeMap<u8, Spec>,
     pub(super) slices: BTreeMap<u8, Slice>,
+    pub(super) ranges: ServiceRanges,
+}
+
+/// The ServiceCIDR: ranges of addresses that Services may have, or may have had.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ServiceRanges {
+    /// All cluster addresses.
+    pub(super) clusters: bool,
+    /// The second and the third of them.
+    pub(super) some_clusters: bool,
+    /// What load balancers and the like may have.
+    pub(super) external: bool,
+}
+
+impl ServiceRanges {
+    /// Whether an address is in one of them.
+    pub(super) fn have(self, to: To) -> bool {
+        match to {
+            To::Cluster(n, _) => self.clusters || self.some_clusters && (2..=3).contains(&n),
+            To::Balancer(..) | To::External(..) => self.external,
+            To::NodePort(..) => false,
+        }
+    }
+
+    /// As the API has it.
+    pub(super) fn object(self, family: Family) -> Value {
+        let ranges = match family {
+            Family::V4 => ["10.96.0.0/16", "10.96.0.2/31", "198.51.100.0/24"],
+            Family::V6 => ["fd00:96::/108", "fd00:96::2/127", "2001:db8:51::/64"],
+        };
+        let is_there = [self.clusters, self.some_clusters, self.external];
+        let cidrs = ranges.into_iter().zip(is_there).filter(|(_, there)| *there);
+        let cidrs: Vec<&str> = cidrs.map(|(range, _)| range).collect();
+        json!({"kind": "ServiceCIDR", "metadata": {"name": "kubernetes"}, "spec": {"cidrs": cidrs}})
+    }
 }
 
 impl World {
     /// As the API has it.
     pub(super) fn objects(&self, family: Family) -> Vec<Value> {
         let services = self.services.iter().map(|(n, spec)| spec.object(*n, family));
-        services.chain(self.slices.iter().map(|(id, slice)| slice.object(*id, family))).collect()
+        let slices = self.slices.iter().map(|(id, slice)| slice.object(*id, family));
+        services.chain(slices).chain([self.ranges.object(family)]).collect()
     }
 }
 

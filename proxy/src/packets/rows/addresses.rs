@@ -10,7 +10,7 @@ use crate::{
     Mode, NodePortAddresses,
     model::Family,
     packets::features::{
-        Expect::{By, PassesBy, Refused, UnusedPort},
+        Expect::{By, PassesBy, Refused, Unclaimed, UnusedPort},
         Feature, Part,
         Seen::{Client, Node},
         pod,
@@ -30,6 +30,27 @@ pub(super) fn rows() -> Vec<Feature> {
                 ask(&[OUTSIDE, NODE, POD], |own| (own.cluster(), 81).into(), UnusedPort),
             ],
         ),
+        feature(
+            "what is sent to an address of the Services' ranges that no Service has is dropped",
+            plain,
+            // A pod has it, so that it shows whether anything comes through.
+            vec![Part(8080, vec![pod(1)]), Part(9090, vec![pod(4).gone()])],
+            [
+                ask(
+                    &[OUTSIDE, NODE, POD],
+                    |own| (own.addresses.pod(4), 9090).into(),
+                    Unclaimed(&[4]),
+                ),
+                ask(&[OUTSIDE, NODE], cluster, By(&[1], Node)),
+                ask(&[POD], cluster, By(&[1], Client)),
+                ask(&[OUTSIDE, NODE, POD], |own| (own.cluster(), 81).into(), UnusedPort),
+            ],
+        )
+        .with_ranges(|own| {
+            [own.addresses.pod(4), own.cluster(), own.cluster()]
+                .map(|address| own.addresses.only(address))
+                .into()
+        }),
         feature(
             "a node port leads to each endpoint and hides the client",
             on_node_ports,

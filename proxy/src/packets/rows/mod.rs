@@ -8,6 +8,7 @@
 //! | feature | rows, or another test |
 //! |---|---|
 //! | ClusterIP; unused ports of service addresses | [`addresses`] |
+//! | addresses of the Services' ranges that no Service has | [`addresses`] |
 //! | headless, ExternalName, another proxy's | [`addresses`] |
 //! | NodePort, `nodePortAddresses`, node ports on loopback | [`addresses`] |
 //! | loopback is kept from outside (CVE-2020-8558) | `rejects_test` |
@@ -87,12 +88,17 @@ fn feature(
     questions: impl IntoIterator<Item = Vec<Question>>,
 ) -> Feature {
     let questions = questions.into_iter().flatten().collect();
-    Feature { says, config: usual, service, slices, questions }
+    Feature { says, config: usual, service, slices, ranges: |_| Vec::new(), questions }
 }
 
 impl Feature {
     fn with(mut self, config: fn(&mut ProxyConfig)) -> Self {
         self.config = config;
+        self
+    }
+
+    fn with_ranges(mut self, ranges: fn(Own) -> Vec<String>) -> Self {
+        self.ranges = ranges;
         self
     }
 
