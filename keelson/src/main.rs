@@ -43,7 +43,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
-use cli::{Cli, Command, ExplainCommand, LogFormat};
+use cli::{Cli, Command, ExplainCommand};
+use config::LogFormat;
 
 fn main() -> ExitCode {
     // The runtime starts this program again for a moment to make a container. That must come before

@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 pub(crate) use kubelet::KubeletSettings;
 pub(crate) use proxy::ProxySettings;
 pub(crate) use proxy_flags::ProxyFlags;
-pub(crate) use proxy_logging::ProxyLogging;
+pub(crate) use proxy_logging::{LogFormat, ProxyLogging};
 
 use crate::bounded;
 

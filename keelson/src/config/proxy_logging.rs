@@ -1,8 +1,15 @@
 //! kube-proxy's flags of logging, as far as they say what is logged and how.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
-use crate::cli::LogFormat;
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people and the journal
+    Text,
+    /// One JSON object a line
+    Json,
+}
 
 /// How kube-proxy is told what to log.
 #[derive(Args, Clone, Debug, Default)]

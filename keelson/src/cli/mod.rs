@@ -1,11 +1,17 @@
 //! The command line: what a user can ask for, and what `--help` teaches.
 
+mod explain;
+mod proxy;
+
 use std::{net::IpAddr, path::PathBuf};
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 
-use crate::config::{ProxyFlags, ProxyLogging};
+pub(crate) use explain::{ExplainCommand, ExplainPacketArgs, OutputFormat};
+pub(crate) use proxy::{FamilyName, ProxyArgs};
+
+use crate::config::LogFormat;
 
 /// Cluster DNS would otherwise log every question.
 const DEFAULT_FILTER: &str = "info,hickory_server=warn";
@@ -34,15 +40,6 @@ pub(crate) struct Cli {
     pub(crate) log_format: LogFormat,
     #[command(subcommand)]
     pub(crate) command: Command,
-}
-
-/// How log lines look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LogFormat {
-    /// For people and the journal
-    Text,
-    /// One JSON object a line
-    Json,
 }
 
 /// What to do.
@@ -255,114 +252,6 @@ pub(crate) struct AgentArgs {
     pub(crate) kubeconfig: Option<PathBuf>,
 }
 
-/// `keelson proxy`.
-#[derive(Args, Debug)]
-pub(crate) struct ProxyArgs {
-    #[command(flatten)]
-    pub(crate) data: DataArgs,
-    /// A file with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1)
-    #[arg(long, value_name = "FILE")]
-    pub(crate) config: Option<PathBuf>,
-    /// How to reach the API server (`clientConnection.kubeconfig`)
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kubeconfig: Option<PathBuf>,
-    /// The API server's URL, instead of the one in the kubeconfig
-    #[arg(long, value_name = "URL")]
-    pub(crate) master: Option<String>,
-    /// Remove the rules of every mode, and kube-proxy's, and stop
-    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1,
-          require_equals = true, default_value_t = false, default_missing_value = "true")]
-    pub(crate) cleanup: bool,
-    /// Set the kernel settings that need full root, and stop: afterwards CAP_NET_ADMIN is enough
-    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1,
-          require_equals = true, default_value_t = false, default_missing_value = "true")]
-    pub(crate) init_only: bool,
-    /// Write the configuration that --config, flags and defaults make to this file, and stop
-    #[arg(long, value_name = "FILE")]
-    pub(crate) write_config_to: Option<PathBuf>,
-    /// Print the version, and stop
-    #[arg(long, value_name = "FORM", num_args = 0..=1, require_equals = true,
-          default_missing_value = "true")]
-    pub(crate) version: Option<String>,
-    /// Print the rules for the objects of --services, and touch nothing
-    #[arg(long, requires = "services")]
-    pub(crate) dry_run: bool,
-    /// Files and folders with Services, EndpointSlices and the Node, in YAML or JSON; `-` for
-    /// standard input
-    #[arg(long, value_name = "PATH", num_args = 1.., requires = "dry_run")]
-    pub(crate) services: Vec<PathBuf>,
-    /// With --dry-run: ipv4 or ipv6 alone
-    #[arg(long, value_enum, requires = "dry_run")]
-    pub(crate) family: Option<FamilyName>,
-    #[command(flatten)]
-    pub(crate) logging: ProxyLogging,
-    #[command(flatten)]
-    pub(crate) flags: ProxyFlags,
-}
-
-/// `keelson explain`.
-#[derive(Debug, Subcommand)]
-pub(crate) enum ExplainCommand {
-    /// Where a packet to a Service goes, by which rule, and why not elsewhere
-    Packet(Box<ExplainPacketArgs>),
-}
-
-/// `keelson explain packet`.
-#[derive(Args, Debug)]
-#[command(after_help = "Examples:\n  \
-    keelson explain packet --from pod default/web --to service default/db --port 5432\n  \
-    keelson explain packet --from 203.0.113.7 --to node --port 30080\n  \
-    keelson explain packet --from 10.244.0.5 --to 10.96.0.10 --port 53 --protocol udp -o json")]
-pub(crate) struct ExplainPacketArgs {
-    #[command(flatten)]
-    pub(crate) data: DataArgs,
-    /// The client: an address, `pod NAMESPACE/NAME` or `node`
-    #[arg(long, value_name = "CLIENT", num_args = 1..=2, required = true)]
-    pub(crate) from: Vec<String>,
-    /// What it connects to: an address, `service NAMESPACE/NAME` or `node`
-    #[arg(long, value_name = "ADDRESS", num_args = 1..=2, required = true)]
-    pub(crate) to: Vec<String>,
-    /// And at which port
-    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
-    pub(crate) port: u16,
-    /// And how: tcp, udp or sctp
-    #[arg(long, value_name = "NAME", default_value = "tcp")]
-    pub(crate) protocol: keelson_proxy::Protocol,
-    /// How to reach the API server; that of `keelson up` on this machine if absent
-    #[arg(long, value_name = "FILE", conflicts_with = "services")]
-    pub(crate) kubeconfig: Option<PathBuf>,
-    /// Take objects from these files and folders instead of the API
-    #[arg(long, value_name = "PATH", num_args = 1..)]
-    pub(crate) services: Vec<PathBuf>,
-    /// The proxy's config file; what the running proxy tells of itself if absent
-    #[arg(long, value_name = "FILE")]
-    pub(crate) config: Option<PathBuf>,
-    /// On which node; this machine if absent
-    #[arg(long, value_name = "NAME")]
-    pub(crate) node: Option<String>,
-    /// For people or for programs
-    #[arg(long, short, value_enum, default_value_t = OutputFormat::Text)]
-    pub(crate) output: OutputFormat,
-}
-
-/// How an answer looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum OutputFormat {
-    /// For people
-    Text,
-    /// One JSON object
-    Json,
-}
-
-/// IPv4 or IPv6.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum FamilyName {
-    /// IPv4
-    Ipv4,
-    /// IPv6
-    Ipv6,
-}
-
 /// `keelson control-plane`.
 #[derive(Args, Debug)]
 pub(crate) struct ControlPlaneArgs {
@@ -453,44 +342,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    /// Every flag of `kube-proxy --help` of release 1.36 on Linux, as a DaemonSet would give it.
-    #[test]
-    fn every_flag_of_kube_proxy_is_taken() {
-        let flags = "--bind-address=0.0.0.0 --bind-address-hard-fail --boot-id-file=/b --cleanup=false \
-            --cluster-cidr=10.244.0.0/16 --config=/c --config-sync-period=15m0s \
-            --conntrack-max-per-core=32768 --conntrack-min=131072 --conntrack-tcp-be-liberal=true \
-            --conntrack-tcp-timeout-close-wait=1h0m0s --conntrack-tcp-timeout-established=24h0m0s \
-            --conntrack-udp-timeout=0s --conntrack-udp-timeout-stream=0s --detect-local-mode=ClusterCIDR \
-            --feature-gates=A=true,B=false --healthz-bind-address=0.0.0.0:10256 --healthz-port=10256 \
-            --hostname-override=n --init-only=false --iptables-localhost-nodeports=false \
-            --iptables-masquerade-bit=14 --iptables-min-sync-period=1s --iptables-sync-period=30s \
-            --ipvs-exclude-cidrs=10.0.0.0/8 --ipvs-min-sync-period=0s --ipvs-scheduler=rr \
-            --ipvs-strict-arp --ipvs-sync-period=30s --ipvs-tcp-timeout=0s --ipvs-tcpfin-timeout=0s \
-            --ipvs-udp-timeout=0s --kube-api-burst=10 \
-            --kube-api-content-type=application/vnd.kubernetes.protobuf --kube-api-qps=5 \
-            --kubeconfig=/k --log-flush-frequency=5s --log-json-info-buffer-size=0 \
-            --log-json-split-stream --log-text-info-buffer-size=0 --log-text-split-stream=false \
-            --logging-format=json --machine-id-file=/m --masquerade-all=false --master=https://a:6443 \
-            --metrics-bind-address=127.0.0.1:10249 --metrics-port=10249 \
-            --nodeport-addresses=10.0.0.0/8,fd00::/8 --oom-score-adj=-999 --pod-bridge-interface=cni0 \
-            --pod-interface-name-prefix=veth --profiling=true --proxy-mode=nftables \
-            --show-hidden-metrics-for-version=1.35 -v=4 --vmodule=a=1 --write-config-to=/w \
-            --version=raw";
-        let arguments = ["keelson", "proxy"].into_iter().chain(flags.split_ascii_whitespace());
-        let cli = Cli::try_parse_from(arguments).unwrap_or_else(|error| panic!("{error}"));
-        let (filter, format) = cli.logging();
-        assert!(filter.contains("keelson_proxy=debug"), "{filter}");
-        assert_eq!(format, LogFormat::Json);
-        let Command::Proxy(args) = cli.command else { panic!("another command") };
-        assert!(!args.cleanup && !args.init_only);
-        let ignored: Vec<&str> = args.flags.without_effect().map(|(name, _)| name).collect();
-        assert_eq!(ignored.len(), 16, "{ignored:?}");
-        assert_eq!(args.logging.without_effect().count(), 6);
-        for (flag, taken) in [("--cleanup", true), ("--cleanup=true", true), ("--nothing", false)] {
-            assert_eq!(Cli::try_parse_from(["keelson", "proxy", flag]).is_ok(), taken, "{flag}");
-        }
     }
 
     #[test]
