@@ -21,6 +21,7 @@ use std::{
 use netlink_sys::{
     AsyncSocket, AsyncSocketExt, Socket, SocketAddr, TokioSocket, protocols::NETLINK_NETFILTER,
 };
+use tokio::sync::Notify;
 
 use super::{
     attribute::{Message, Messages},
@@ -45,6 +46,8 @@ pub(crate) struct Monitor {
     begun: bool,
     /// Who made the last one that was heard.
     by: Option<Program>,
+    /// Nothing will be heard any more.
+    lost: Arc<Notify>,
 }
 
 /// Who writes to the tables: the number of its socket, and the ears that it may cover.
@@ -57,26 +60,36 @@ pub(crate) struct Writing {
 /// The ears of a monitor, for those who write so much that the telling takes as long as the
 /// writing. They are nobody's until there is a monitor.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Ears(Arc<Mutex<Option<Socket>>>);
+pub(crate) struct Ears(Arc<Mutex<Option<Hearing>>>);
+
+/// What a monitor hears with.
+#[derive(Debug)]
+struct Hearing {
+    socket: Socket,
+    /// Tells the monitor that it hears nothing any more.
+    lost: Arc<Notify>,
+}
 
 impl Ears {
-    fn belong_to(&self, monitor: &Socket) -> io::Result<()> {
+    fn belong_to(&self, monitor: &Socket, lost: Arc<Notify>) -> io::Result<()> {
         let same = monitor.as_fd().try_clone_to_owned()?;
         // SAFETY: the descriptor is open, and nobody else's from here on.
-        let same = unsafe { Socket::from_raw_fd(same.into_raw_fd()) };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(same);
+        let socket = unsafe { Socket::from_raw_fd(same.into_raw_fd()) };
+        let hearing = Some(Hearing { socket, lost });
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = hearing;
         Ok(())
     }
 
     /// Does something unheard. What others do meanwhile is unheard too: compare the tables'
     /// generation.
     pub(crate) fn covered<T>(&self, work: impl FnOnce() -> T) -> T {
-        let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(socket) = socket.as_ref() else { return work() };
+        let hearing = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Hearing { socket, lost }) = hearing.as_ref() else { return work() };
         let covered = socket.drop_membership(NFNLGRP_NFTABLES).is_ok();
         let result = work();
         if covered && let Err(error) = socket.add_membership(NFNLGRP_NFTABLES) {
-            tracing::error!(%error, "changes of the rules by others are not heard of any more");
+            tracing::warn!(%error, "the kernel doesn't tell of changes of the rules by others again");
+            lost.notify_one();
         }
         result
     }
@@ -104,8 +117,9 @@ impl Monitor {
         force_buffer(socket.socket_ref(), libc::SO_RCVBUFFORCE, 1 << 20);
         socket.socket_mut().bind(&SocketAddr::new(0, 0))?;
         socket.socket_mut().add_membership(NFNLGRP_NFTABLES)?;
+        let lost = Arc::new(Notify::new());
         for writing in own {
-            writing.ears.belong_to(socket.socket_ref())?;
+            writing.ears.belong_to(socket.socket_ref(), Arc::clone(&lost))?;
         }
         Ok(Self {
             socket,
@@ -114,6 +128,7 @@ impl Monitor {
             patience: Patience::new(Duration::ZERO),
             begun: false,
             by: None,
+            lost,
         })
     }
 
@@ -184,7 +199,13 @@ impl Monitor {
     /// The next transaction that concerns us. Dropped before it is over, it loses nothing.
     async fn next(&mut self) -> io::Result<Heard> {
         loop {
-            let received = self.socket.recv_from_full();
+            let lost = Arc::clone(&self.lost);
+            let received = async {
+                tokio::select! {
+                    received = self.socket.recv_from_full() => received,
+                    () = lost.notified() => Err(io::Error::other("it has no part in it any more")),
+                }
+            };
             let received = if self.begun {
                 match tokio::time::timeout(END, received).await {
                     Ok(received) => received,
@@ -242,7 +263,7 @@ pub(crate) fn concerns_us(message: &Message<'_>, families: &[u8], tables: &[&str
 
 /// Lets the kernel drop notifications of what these sockets did. All messages of one datagram are
 /// of one transaction, so the first one's header tells.
-fn ignore_ports(socket: &netlink_sys::Socket, ports: &[u32]) -> io::Result<()> {
+fn ignore_ports(socket: &Socket, ports: &[u32]) -> io::Result<()> {
     // BPF: load the port number at offset 12 of `struct nlmsghdr` (classic BPF loads in network
     // order), and for each of ours: if equal, drop; at the end, take all.
     const LOAD_WORD: u16 = 0x20;

@@ -11,10 +11,11 @@ use super::{
     apply::Written,
     batch::Batch,
     monitor::{Ears, Heard, Monitor, Writing},
+    refusal_test::set_net_admin,
     ruleset_test::{World, layouts, open, service, slices},
     socket::NftSocket,
 };
-use crate::{backend::Applied, model::Family, netns::Namespace};
+use crate::{backend::Applied, model::Family, netns::Namespace, until::PATIENCE};
 
 /// What a monitor hears that takes everybody for another program, but may be covered.
 fn listen(host: &Namespace, ears: Ears) -> Receiver<Heard> {
@@ -72,6 +73,24 @@ fn a_commit_of_others_during_a_load_leaves_doubts() {
         assert_eq!(written.unwrap(), doubts, "{others}: {applied:?}");
         assert!(applied.rebuilt.is_some() && applied.elements > 0, "{others}: {applied:?}");
     }
+}
+
+#[test]
+fn ears_that_the_kernel_keeps_covered_are_given_up() {
+    let host = Namespace::new();
+    let heard = host.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let ears = Ears::default();
+            let own = Writing { port: u32::MAX, ears: ears.clone() };
+            let mut monitor = Monitor::open(&[own], vec![2]).unwrap();
+            // Who may not listen any more can't begin to again.
+            ears.covered(|| set_net_admin(false));
+            set_net_admin(true);
+            tokio::time::timeout(PATIENCE, monitor.heard()).await
+        })
+    });
+    assert!(heard.expect("it ends").is_err(), "and so another one is opened");
 }
 
 /// Long enough to be told from a moment.

@@ -120,7 +120,7 @@ fn a_map_that_is_full_keeps_out_what_is_too_much_and_nothing_else() {
 }
 
 /// Takes `CAP_NET_ADMIN` from what the calling thread does, or gives it back.
-fn set_net_admin(allowed: bool) {
+pub(super) fn set_net_admin(allowed: bool) {
     const NET_ADMIN: u32 = 1 << 12;
     const VERSION_3: u32 = 0x2008_0522;
     let header: [u32; 2] = [VERSION_3, 0];
