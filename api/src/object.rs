@@ -81,6 +81,21 @@ where
     }
 }
 
+/// A reference to an object of which no more than this is known, as events carry it.
+pub fn reference_by_key<K: k8s_openapi::Resource>(
+    key: &ObjectKey,
+    uid: Option<String>,
+) -> ObjectReference {
+    ObjectReference {
+        api_version: Some(K::API_VERSION.to_owned()),
+        kind: Some(K::KIND.to_owned()),
+        namespace: Some(key.namespace.clone()).filter(|namespace| !namespace.is_empty()),
+        name: Some(key.name.clone()),
+        uid,
+        ..ObjectReference::default()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use k8s_openapi::api::core::v1::Pod;
@@ -101,7 +116,10 @@ mod tests {
         let reference = object_reference(&pod);
         assert_eq!(reference.kind.as_deref(), Some("Pod"));
         assert_eq!(reference.api_version.as_deref(), Some("v1"));
-        assert_eq!(ObjectKey::of(&pod.metadata).to_string(), "default/web");
+        let key = ObjectKey::of(&pod.metadata);
+        assert_eq!(key.to_string(), "default/web");
+        assert_eq!(reference_by_key::<Pod>(&key, Some("u".into())), reference);
+        assert_eq!(reference_by_key::<Pod>(&ObjectKey::new("", "n"), None).namespace, None);
 
         let owned = ObjectMeta {
             owner_references: Some(vec![controller_reference::<Pod>(&pod.metadata)]),

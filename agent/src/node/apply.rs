@@ -3,8 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Node, NodeStatus, ObjectReference};
-use keelson_api::{backoff::Backoff, client_error, events::EventType};
+use k8s_openapi::api::core::v1::{Node, NodeStatus};
+use keelson_api::{
+    backoff::Backoff,
+    client_error,
+    events::EventType,
+    object::{ObjectKey, reference_by_key},
+};
 use keelson_runtime_shim::runtime::RuntimeStatus;
 use kube::{
     Api, Client,
@@ -209,14 +214,8 @@ impl Keeper {
 
     fn event(&self, kind: EventType, reason: &str, message: &str) {
         // events on nodes carry the node's name as UID, as the kubelet's do
-        let name = Some(self.context.config.node_name.clone());
-        let node = ObjectReference {
-            api_version: Some("v1".to_owned()),
-            kind: Some("Node".to_owned()),
-            uid: name.clone(),
-            name,
-            ..Default::default()
-        };
+        let name = &self.context.config.node_name;
+        let node = reference_by_key::<Node>(&ObjectKey::new("", name), Some(name.clone()));
         self.context.events.event(&node, kind, reason, message);
     }
 }

@@ -11,8 +11,11 @@ use std::{
 };
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ObjectReference, Pod};
-use keelson_api::events::{EventRecorder, EventType};
+use k8s_openapi::api::core::v1::{Node, Pod};
+use keelson_api::{
+    events::{EventRecorder, EventType},
+    object::{ObjectKey, reference_by_key},
+};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -146,13 +149,8 @@ impl FileSource {
 
     /// Says once what is wrong with each file, in the log and on the node.
     fn complain(&self, refused: &BTreeMap<PathBuf, String>, told: &mut BTreeMap<PathBuf, String>) {
-        let node = ObjectReference {
-            kind: Some("Node".to_owned()),
-            api_version: Some("v1".to_owned()),
-            name: Some(self.node.clone()),
-            uid: Some(self.node.clone()),
-            ..Default::default()
-        };
+        let key = ObjectKey::new("", &self.node);
+        let node = reference_by_key::<Node>(&key, Some(self.node.clone()));
         for (path, message) in refused {
             if told.get(path) != Some(message) {
                 tracing::error!(path = %path.display(), message, "manifest refused");

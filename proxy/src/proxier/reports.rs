@@ -6,10 +6,10 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::core::v1::Service;
 use keelson_api::{
     events::{EventRecorder, EventType},
-    object::ObjectKey,
+    object::{ObjectKey, reference_by_key},
 };
 
 use crate::{
@@ -104,14 +104,7 @@ pub(super) fn report(
     if problems.is_empty() {
         return;
     }
-    let object = ObjectReference {
-        api_version: Some("v1".into()),
-        kind: Some("Service".into()),
-        namespace: Some(key.namespace.clone()),
-        name: Some(key.name.clone()),
-        uid: objects.uid(key),
-        ..ObjectReference::default()
-    };
+    let object = reference_by_key::<Service>(key, objects.uid(key));
     for problem in problems {
         tracing::warn!(service = %key, reason = problem.reason, "{}", problem.message);
         events.event(&object, EventType::Warning, problem.reason, problem.message.clone());
