@@ -10,8 +10,8 @@ use std::{
 use anyhow::{Context, bail};
 use futures::{StreamExt, TryStreamExt};
 use kube::{
-    Api, Client, Config, ResourceExt,
-    api::{ListParams, WatchEvent, WatchParams},
+    Api, Client, Config,
+    api::{DeleteParams, ListParams, WatchEvent, WatchParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::Value;
@@ -132,11 +132,10 @@ where
     K: kube::Resource + Clone + Debug + serde::de::DeserializeOwned,
 {
     let chosen = ListParams::default().labels(labels);
-    for object in api.list(&chosen).await? {
-        api.delete(&object.name_any(), &Default::default()).await?;
-    }
+    // Whether that was done at once or goes on is told by what is left.
+    let _ = api.delete_collection(&DeleteParams::default(), &chosen).await?;
     in_time("objects to be gone", async {
-        while !api.list(&chosen).await?.items.is_empty() {
+        while !api.list(&chosen.clone().limit(1)).await?.items.is_empty() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         Ok(())

@@ -21,10 +21,7 @@ use std::{
 use anyhow::Context;
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use keelson_tests::{Machine, NODE_ADDRESS};
-use kube::{
-    Api,
-    api::{DeleteParams, ListParams},
-};
+use kube::Api;
 use serde_json::Value;
 
 use self::{
@@ -54,8 +51,6 @@ const ROUNDS: usize = 3;
 const AT_ONCE: usize = 64;
 /// How long an idle proxy is watched.
 const IDLE: Duration = Duration::from_secs(5);
-/// Between two looks at something that can only be asked for.
-const STEP: Duration = Duration::from_millis(50);
 /// A unit of processor time, in milliseconds.
 const TICK: f64 = 10.0;
 
@@ -192,8 +187,8 @@ impl Scene {
             self.made.clear();
             inside_async(&netns, || async {
                 let client = api::client(&data_dir).await?;
-                remove_all(Api::<Service>::default_namespaced(client.clone())).await?;
-                remove_all(Api::<EndpointSlice>::default_namespaced(client)).await
+                api::remove_all(&Api::<Service>::default_namespaced(client.clone()), LABEL).await?;
+                api::remove_all(&Api::<EndpointSlice>::default_namespaced(client), LABEL).await
             })?;
         }
         self.endpoints = size.endpoints;
@@ -205,22 +200,6 @@ impl Scene {
         self.made.extend(made);
         change::prepare(self)
     }
-}
-
-/// Removes everything that was made of a kind.
-async fn remove_all<K>(api: Api<K>) -> anyhow::Result<()>
-where
-    K: kube::Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
-{
-    let all = ListParams::default().labels(LABEL);
-    let _ = api.delete_collection(&DeleteParams::default(), &all).await?;
-    api::in_time("objects to be gone", async {
-        while !api.list(&all.clone().limit(1)).await?.items.is_empty() {
-            tokio::time::sleep(STEP).await;
-        }
-        Ok(())
-    })
-    .await
 }
 
 /// The administrator's kubeconfig with the machine's own address.
