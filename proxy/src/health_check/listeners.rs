@@ -11,10 +11,11 @@ use std::{
 use http::{HeaderValue, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Bytes;
-use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::core::v1::Service;
 use keelson_api::{
     backoff::Backoff,
     events::{EventRecorder, EventType},
+    object::reference_by_key,
 };
 use socket2::SockRef;
 use tokio::{
@@ -193,14 +194,7 @@ fn tell(listening: &Listening, port: u16, at: SocketAddr, error: &io::Error) {
     let Some(check) = listening.checks.borrow().by_port.get(&port).cloned() else { return };
     let message = format!("health checks at {at} are not answered: {error}; trying again");
     tracing::warn!(service = %check.service, "{message}");
-    let object = ObjectReference {
-        api_version: Some("v1".into()),
-        kind: Some("Service".into()),
-        namespace: Some(check.service.namespace),
-        name: Some(check.service.name),
-        uid: check.uid,
-        ..ObjectReference::default()
-    };
+    let object = reference_by_key::<Service>(&check.service, check.uid);
     listening.events.event(&object, EventType::Warning, "FailedToStartServiceHealthcheck", message);
 }
 
