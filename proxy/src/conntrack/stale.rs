@@ -160,13 +160,16 @@ fn other_lane(frontend: Frontend) -> Option<Frontend> {
     Some(Frontend { lane, ..frontend })
 }
 
+/// What clients of TCP connect to; a node port has no address.
+type Port = (Option<IpAddr>, u16);
+
 /// Where connections should go, all of it: to compare the kernel's whole table with.
 #[derive(Debug)]
 pub(crate) struct Expected {
     families: Vec<Family>,
     frontends: HashMap<(Option<IpAddr>, Protocol, u16), Vec<Endpoint>>,
-    /// TCP's, and whether they have any endpoint.
-    tcp: HashMap<(Option<IpAddr>, u16), bool>,
+    /// TCP's in order, and whether they have any endpoint: most are TCP's, and take little so.
+    tcp: Box<[(Port, bool)]>,
     node_addresses: HashSet<IpAddr>,
     /// Every endpoint's address, ready or not, if TCP counts.
     alive: Option<HashSet<IpAddr>>,
@@ -181,13 +184,27 @@ impl Expected {
         tcp: bool,
     ) -> Self {
         let mut frontends: HashMap<_, Vec<Endpoint>> = HashMap::new();
-        let (mut served, mut node_addresses) = (HashMap::new(), HashSet::new());
+        let mut node_addresses = HashSet::new();
+        let own_tcp = |unit: Unit| match unit {
+            Unit::Frontend(frontend) if frontend.protocol == Protocol::Tcp => {
+                families.contains(&frontend.family).then_some(frontend)
+            }
+            _ => None,
+        };
+        let mut served = Vec::with_capacity(desired.units().filter_map(own_tcp).count());
+        served.extend(desired.units().filter_map(own_tcp).map(|frontend| {
+            let some = !endpoints(desired.action(&frontend)).is_empty();
+            ((frontend.address, frontend.port), some)
+        }));
+        served.sort_unstable();
+        served.dedup_by(|next, kept| {
+            let same = next.0 == kept.0;
+            kept.1 |= same && next.1;
+            same
+        });
         for unit in desired.units() {
             match unit {
-                Unit::Frontend(frontend) if frontend.protocol == Protocol::Tcp => {
-                    let some = !endpoints(desired.action(&frontend)).is_empty();
-                    *served.entry((frontend.address, frontend.port)).or_default() |= some;
-                }
+                Unit::Frontend(frontend) if frontend.protocol == Protocol::Tcp => {}
                 Unit::Frontend(frontend) => {
                     let key = (frontend.address, frontend.protocol, frontend.port);
                     let all = frontends.entry(key).or_default();
@@ -200,7 +217,7 @@ impl Expected {
             }
         }
         let alive = tcp.then(|| objects.keys().flat_map(|key| addresses(objects, key)).collect());
-        Self { families: families.to_vec(), frontends, tcp: served, node_addresses, alive }
+        Self { families: families.to_vec(), frontends, tcp: served.into(), node_addresses, alive }
     }
 
     /// Which families there are.
@@ -217,12 +234,15 @@ impl Expected {
         // What is for this machine itself has no business with a node port's endpoints.
         let for_node = translated || self.node_addresses.contains(&to.0);
         if protocol == Protocol::Tcp {
-            let own = self.tcp.get(&(Some(to.0), to.1));
-            let known = own.or_else(|| self.tcp.get(&(None, to.1)).filter(|_| for_node));
+            let served = |address| {
+                let found = self.tcp.binary_search_by_key(&(address, to.1), |(key, _)| *key);
+                found.ok().and_then(|at| self.tcp.get(at)).map(|(_, served)| *served)
+            };
+            let known = served(Some(to.0)).or_else(|| served(None).filter(|_| for_node));
             return known.is_some_and(|served| match (&self.alive, translated) {
                 (Some(alive), true) => !alive.contains(&server.address),
                 (None, true) => false,
-                (_, false) => *served && !reply.seen,
+                (_, false) => served && !reply.seen,
             });
         }
         let known = self

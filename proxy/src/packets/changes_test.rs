@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::mpsc,
     time::{Duration, Instant},
 };
 
@@ -29,6 +30,7 @@ everywhere!(
     the_older_of_two_services_has_what_both_claim,
     a_restart_writes_nothing_and_changes_nothing,
     connections_older_than_the_rules_live_on,
+    who_tries_before_there_is_a_service_gets_in_with_the_next_try,
     another_time_of_affinity_counts_from_the_next_connection_on,
 );
 
@@ -150,10 +152,10 @@ pub(super) fn sticky_clients_are_forgotten(mode: Mode, family: Family, protocols
 }
 
 /// One socket all along: to the kernel it is one flow.
-struct Flow(UdpSocket);
+pub(super) struct Flow(UdpSocket);
 
 impl Flow {
-    fn new(net: &Net, from: From, to: SocketAddr) -> Self {
+    pub(super) fn new(net: &Net, from: From, to: SocketAddr) -> Self {
         Self(net.place(from).run(move || {
             let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
             let socket = UdpSocket::bind(any).unwrap();
@@ -163,7 +165,7 @@ impl Flow {
         }))
     }
 
-    fn ask(&self) -> Option<u8> {
+    pub(super) fn ask(&self) -> Option<u8> {
         let mut answer = [0; 100];
         // Refusals of earlier datagrams are told on the next call.
         let _ = self.0.send(b"?");
@@ -353,6 +355,27 @@ fn connections_older_than_the_rules_live_on(mode: Mode, family: Family) {
     }
     proxy.set(slice);
     assert_eq!(exchange(2).unwrap(), 2, "the kernel hears of the connection in its middle");
+}
+
+fn who_tries_before_there_is_a_service_gets_in_with_the_next_try(mode: Mode, family: Family) {
+    let net = Net::new();
+    let (proxy, own) = start(&net, mode, family);
+    let to = SocketAddr::new(own.cluster(), 80);
+    proxy.set(own.slice(0, &part(&[1])));
+    for from in [From::Client(1), From::Pod(3), From::Node] {
+        if mode == Mode::Userspace && from == From::Node {
+            // The node's own socket has found its way out already, and keeps to it.
+            continue;
+        }
+        let (done, answered) = mpsc::channel();
+        net.ask_patiently(from, Protocol::Tcp, to, done);
+        let trying = format!("ss -Htn state syn-sent dst {to}");
+        until("it is tried", || !net.place(from).sh(&trying).is_empty());
+        proxy.set(own.service(json!({})));
+        let answer = answered.recv().unwrap();
+        assert!(matches!(answer, Answer::By(1, ..)), "{from:?}: {answer:?}");
+        proxy.remove("Service", "1");
+    }
 }
 
 fn another_time_of_affinity_counts_from_the_next_connection_on(mode: Mode, family: Family) {

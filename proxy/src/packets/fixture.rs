@@ -223,8 +223,30 @@ impl Net {
         to: SocketAddr,
         done: Sender<Answer>,
     ) {
-        let source = source(from, to);
         let patience = if protocol == Protocol::Sctp { sctp::SILENCE } else { SILENCE };
+        self.ask_for(patience, from, protocol, to, done);
+    }
+
+    /// The same where an answer will come at last.
+    pub(super) fn ask_patiently(
+        &self,
+        from: From,
+        protocol: Protocol,
+        to: SocketAddr,
+        done: Sender<Answer>,
+    ) {
+        self.ask_for(PATIENCE, from, protocol, to, done);
+    }
+
+    fn ask_for(
+        &self,
+        patience: Duration,
+        from: From,
+        protocol: Protocol,
+        to: SocketAddr,
+        done: Sender<Answer>,
+    ) {
+        let source = source(from, to);
         self.place(from).run(move || {
             std::thread::spawn(move || {
                 let _ = done.send(ask(protocol, source, to, patience));

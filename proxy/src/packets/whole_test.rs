@@ -3,12 +3,14 @@
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    sync::mpsc,
 };
 
 use serde_json::{Value, json};
 
 use super::{
     backends::config,
+    changes_test::Flow,
     cluster::{Api, Running},
     features::{Own, Part, pod},
     fixture::{Addresses, Answer, From, Net, POD_RANGES},
@@ -23,6 +25,7 @@ everywhere!(
     a_service_of_both_families_is_served_in_both,
     health_checks_tell_of_endpoints_on_this_node,
     pods_are_those_in_the_nodes_own_range,
+    who_tried_before_the_start_gets_in_with_the_next_try,
 );
 
 const OUTSIDE: From = From::Client(1);
@@ -148,6 +151,33 @@ fn health_checks_tell_of_endpoints_on_this_node(mode: Mode, family: Family) {
     answers("one is here again", "200", Some(1));
     api.set(service("Cluster"));
     answers("without Local nobody is told", "", None);
+    running.stop();
+}
+
+fn who_tried_before_the_start_gets_in_with_the_next_try(mode: Mode, family: Family) {
+    let net = Net::new();
+    // Connections are tracked once any rule asks for their state.
+    net.host.sh(
+        "nft 'add table inet other; add chain inet other c { type filter hook forward priority 0; }; \
+              add rule inet other c ct state new counter'",
+    );
+    let (own, api) = (own(family), Api::new());
+    endpoints(&api, own, vec![pod(1)]);
+    api.set(own.service(json!({})));
+    let flow = Flow::new(&net, OUTSIDE, cluster(own));
+    assert_eq!(flow.ask(), None);
+    let (done, answered) = mpsc::channel();
+    net.ask_patiently(OUTSIDE, Protocol::Tcp, cluster(own), done);
+    let tracked = format!(
+        "conntrack -L -f {} -d {} 2>/dev/null",
+        family.as_str().to_lowercase(),
+        own.cluster()
+    );
+    until("both are tracked", || net.host.sh(&tracked).matches("[UNREPLIED]").count() == 2);
+    let running = Running::start(&net.host, config(mode), &api);
+    until("datagrams from the same port get in", || flow.ask() == Some(1));
+    let answer = answered.recv().unwrap();
+    assert!(matches!(answer, Answer::By(1, ..)), "{answer:?}");
     running.stop();
 }
 
