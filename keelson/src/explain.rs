@@ -2,12 +2,12 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use anyhow::{Context, bail};
-use http_body_util::{BodyExt, Empty};
+use anyhow::{Context, anyhow, bail};
+use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::{
-    core::v1::{Node, Pod, Service},
+    core::v1::{Node, Pod},
     networking::v1::ServiceCIDR,
 };
 use keelson_api::object::ObjectKey;
@@ -27,6 +27,8 @@ use crate::{
 const CONFIGZ: &str = "127.0.0.1:10249";
 /// How long it may take to answer.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The longest page that it tells.
+const PAGE: usize = 1 << 20;
 
 /// Runs the command.
 ///
@@ -41,55 +43,23 @@ pub(crate) fn packet(args: &ExplainPacketArgs) -> anyhow::Result<()> {
             config.node_name.clone_from(name);
             config.node_ips.clear();
         }
-        let Known { objects, pods } = if args.services.is_empty() {
+        let known = if args.services.is_empty() {
             from_api(args, &config.node_name, &from).await?
         } else {
             from_manifests(args, &mut config)?
         };
-        let service_addresses = addresses_of(&to, &objects.services)?;
         let here = config.node_name.clone();
-        let (mut snapshot, _) = Snapshot::new(config, &objects);
+        let (mut snapshot, _) = Snapshot::new(config, &known.objects);
+        let mut nodes = snapshot.node_addresses().to_vec();
         if args.services.is_empty() && args.node.is_none() {
-            snapshot = snapshot.with_local_addresses(node::addresses()?);
+            let own = node::addresses()?;
+            if nodes.is_empty() {
+                // Its object is not there, or not yet.
+                nodes = own.iter().copied().filter(|address| !address.is_loopback()).collect();
+            }
+            snapshot = snapshot.with_local_addresses(own);
         }
-        let nodes = match snapshot.node_addresses() {
-            // Its object is not there, or not yet.
-            [] if args.services.is_empty() && args.node.is_none() => {
-                node::addresses()?.into_iter().filter(|address| !address.is_loopback()).collect()
-            }
-            known => known.to_vec(),
-        };
-        let to_address = match &to {
-            Place::Address(address) => Some(*address),
-            Place::Node => nodes.first().copied(),
-            Place::Object(_) => None,
-        };
-        let wanted = |address: &IpAddr| {
-            to_address.map_or_else(
-                || service_addresses.iter().any(|a| a.is_ipv4() == address.is_ipv4()),
-                |to| to.is_ipv4() == address.is_ipv4(),
-            )
-        };
-        let (from, from_pod_here) = match &from {
-            Place::Address(address) => {
-                (*address, pods.iter().any(|pod| on(pod, &here) && has(pod, *address)))
-            }
-            Place::Node => {
-                let address = nodes.iter().copied().find(wanted);
-                (address.context("the node's address is not known")?, false)
-            }
-            Place::Object(key) => {
-                let pod = pods.iter().find(|pod| ObjectKey::of(&pod.metadata) == *key);
-                let pod = pod.with_context(|| format!("there is no pod {key}"))?;
-                let address = pod_addresses(pod).find(wanted);
-                (address.with_context(|| format!("pod {key} has no address"))?, on(pod, &here))
-            }
-        };
-        let to = to_address
-            .or_else(|| service_addresses.iter().copied().find(|a| a.is_ipv4() == from.is_ipv4()))
-            .or_else(|| service_addresses.first().copied())
-            .context("the node's address is not known")?;
-        let packet = Packet { from, from_pod_here, to, port: args.port, protocol: args.protocol };
+        let packet = Around { known, here, nodes }.packet(&from, &to, args)?;
         let mut answer = snapshot.explain(&packet);
         // Objects from files are not those that the kernel's rules were made of.
         if args.services.is_empty()
@@ -138,18 +108,71 @@ impl Place {
     }
 }
 
-/// The cluster addresses of the Service that is meant, if one is.
-fn addresses_of(to: &Place, services: &[Service]) -> anyhow::Result<Vec<IpAddr>> {
-    let Place::Object(key) = to else { return Ok(Vec::new()) };
-    let service = services.iter().find(|service| ObjectKey::of(&service.metadata) == *key);
-    let service = service.with_context(|| format!("there is no Service {key}"))?;
-    let spec = service.spec.clone().unwrap_or_default();
-    let texts = spec.cluster_ips.into_iter().flatten().chain(spec.cluster_ip);
-    let addresses: Vec<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
-    if addresses.is_empty() {
-        bail!("Service {key} has no cluster address: its name leads to its endpoints themselves");
+/// Where the places of a command line are looked for.
+struct Around {
+    known: Known,
+    /// The node's name.
+    here: String,
+    /// And its addresses.
+    nodes: Vec<IpAddr>,
+}
+
+impl Around {
+    /// The packet that is asked about: both ends of one family, if they have one in common.
+    fn packet(&self, from: &Place, to: &Place, args: &ExplainPacketArgs) -> anyhow::Result<Packet> {
+        let targets = self.targets(to)?;
+        let (from, from_pod_here) = self.client(from, &targets)?;
+        let to = targets.iter().find(|to| to.is_ipv4() == from.is_ipv4()).or(targets.first());
+        let to = *to.context("the node's address is not known")?;
+        Ok(Packet { from, from_pod_here, to, port: args.port, protocol: args.protocol })
     }
-    Ok(addresses)
+
+    /// The addresses that a client may connect to.
+    fn targets(&self, to: &Place) -> anyhow::Result<Vec<IpAddr>> {
+        match to {
+            Place::Address(address) => Ok(vec![*address]),
+            Place::Node => Ok(self.nodes.first().copied().into_iter().collect()),
+            Place::Object(key) => self.cluster_addresses(key),
+        }
+    }
+
+    /// The client's address, of the family of a target, and whether it is a pod of this node.
+    fn client(&self, from: &Place, targets: &[IpAddr]) -> anyhow::Result<(IpAddr, bool)> {
+        let wanted = |address: &IpAddr| targets.iter().any(|to| to.is_ipv4() == address.is_ipv4());
+        let pods = &self.known.pods;
+        match from {
+            Place::Address(address) => {
+                let is_pod = |pod: &Pod| on(pod, &self.here) && has(pod, *address);
+                Ok((*address, pods.iter().any(is_pod)))
+            }
+            Place::Node => {
+                let address = self.nodes.iter().copied().find(wanted);
+                Ok((address.context("the node's address is not known")?, false))
+            }
+            Place::Object(key) => {
+                let pod = pods.iter().find(|pod| ObjectKey::of(&pod.metadata) == *key);
+                let pod = pod.with_context(|| format!("there is no pod {key}"))?;
+                let address = pod_addresses(pod).find(wanted);
+                let address = address.with_context(|| format!("pod {key} has no address"))?;
+                Ok((address, on(pod, &self.here)))
+            }
+        }
+    }
+
+    fn cluster_addresses(&self, key: &ObjectKey) -> anyhow::Result<Vec<IpAddr>> {
+        let mut services = self.known.objects.services.iter();
+        let service = services.find(|service| ObjectKey::of(&service.metadata) == *key);
+        let service = service.with_context(|| format!("there is no Service {key}"))?;
+        let spec = service.spec.clone().unwrap_or_default();
+        let texts = spec.cluster_ips.into_iter().flatten().chain(spec.cluster_ip);
+        let addresses: Vec<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
+        if addresses.is_empty() {
+            bail!(
+                "Service {key} has no cluster address: its name leads to its endpoints themselves"
+            );
+        }
+        Ok(addresses)
+    }
 }
 
 fn pod_addresses(pod: &Pod) -> impl Iterator<Item = IpAddr> {
@@ -203,12 +226,17 @@ async fn page(path: &str) -> anyhow::Result<Bytes> {
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let request =
         http::Request::get(path).header(http::header::HOST, CONFIGZ).body(Empty::<Bytes>::new())?;
-    let asked = async move { sender.send_request(request).await?.into_body().collect().await };
+    let asked = async move {
+        let answer = sender.send_request(request).await?;
+        // Whoever it is that listens there.
+        Limited::new(answer.into_body(), PAGE).collect().await.map_err(|error| anyhow!(error))
+    };
     // The connection ends when nothing more is asked.
     let (body, _) = tokio::join!(asked, connection);
     Ok(body?.to_bytes())
 }
 
+/// What is known of the cluster.
 struct Known {
     objects: Objects,
     pods: Vec<Pod>,
@@ -264,7 +292,46 @@ async fn pod(client: Client, key: &ObjectKey) -> anyhow::Result<Option<Pod>> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::cli::{Command, ExplainCommand};
+
+    #[test]
+    fn both_ends_are_of_one_family() {
+        let services = serde_json::json!([{"metadata": {"name": "web", "namespace": "d"},
+            "spec": {"clusterIPs": ["10.96.0.1", "fd00::1"]}}]);
+        let pods = serde_json::json!([{"metadata": {"name": "six", "namespace": "d"},
+            "spec": {"nodeName": "n", "containers": []},
+            "status": {"podIPs": [{"ip": "fd01::5"}]}}]);
+        let objects =
+            Objects { services: serde_json::from_value(services).unwrap(), ..Objects::default() };
+        let known = Known { objects, pods: serde_json::from_value(pods).unwrap() };
+        let nodes = ["192.0.2.1", "2001:db8::1"].map(|node| node.parse().unwrap()).to_vec();
+        let around = Around { known, here: "n".into(), nodes };
+        let (web, six) = (ObjectKey::new("d", "web"), ObjectKey::new("d", "six"));
+        let (web, six) = (|| Place::Object(web.clone()), || Place::Object(six.clone()));
+        let at = |text: &str| Place::Address(text.parse().unwrap());
+        let args = ["keelson", "explain", "packet", "--from=node", "--to=node", "--port=1"];
+        let args = crate::cli::Cli::try_parse_from(args).unwrap().command;
+        let Command::Explain(ExplainCommand::Packet(args)) = args else { panic!("{args:?}") };
+        for (from, to, expected) in [
+            (at("203.0.113.7"), web(), ["203.0.113.7", "10.96.0.1"]),
+            (at("2001:db8::9"), web(), ["2001:db8::9", "fd00::1"]),
+            (Place::Node, web(), ["192.0.2.1", "10.96.0.1"]),
+            (Place::Node, at("fd00::1"), ["2001:db8::1", "fd00::1"]),
+            (six(), web(), ["fd01::5", "fd00::1"]),
+            (at("203.0.113.7"), at("fd00::1"), ["203.0.113.7", "fd00::1"]),
+            (at("203.0.113.7"), Place::Node, ["203.0.113.7", "192.0.2.1"]),
+        ] {
+            let targets = around.targets(&to).unwrap();
+            let (client, _) = around.client(&from, &targets).unwrap();
+            let packet = around.packet(&from, &to, &args).unwrap();
+            assert_eq!([client.to_string(), packet.to.to_string()], expected, "{from:?} {to:?}");
+        }
+        assert!(around.client(&six(), &[[10, 0, 0, 1].into()]).is_err(), "it has none of IPv4");
+        assert!(around.client(&six(), &around.targets(&web()).unwrap()).unwrap().1, "it is here");
+    }
 
     #[test]
     fn places_are_addresses_objects_or_the_node() {
