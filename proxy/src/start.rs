@@ -19,7 +19,7 @@ use crate::{
     config::{Mode, ProxyConfig},
     iptables::{self, Rules, Variant, canary::Canary, counters::Counters},
     model::Family,
-    nftables::{apply::Table, monitor::Writing, rules::Layout, socket::NftError},
+    nftables::{apply::Table, layout::Layout, monitor::Writing, socket::NftError},
     rights,
     userspace::{self, Limits, RelayMetrics, Relays, Settings, UdpTimes},
 };

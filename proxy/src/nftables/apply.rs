@@ -6,11 +6,10 @@ use super::{
     batch::{Batch, Chain, TABLE},
     changes::Changes,
     held::{Held, Next, Plan, affinity_seconds},
-    layout::{DynamicChain, PickChain},
+    layout::{DynamicChain, Layout, PickChain},
     look::has_table,
     monitor::{Ears, Writing},
     observe::{Found, observe, was_taken},
-    rules::Layout,
     socket::{NftError, NftSocket},
     sources::{Sources, SourcesId},
 };

@@ -4,9 +4,8 @@
 use super::{
     apply::{Needed, static_part},
     batch::{Batch, Set, SetKind},
-    layout::{AFFINITY, DynamicChain, NODEPORTS},
+    layout::{AFFINITY, DynamicChain, Layout, NODEPORTS},
     observe::{Found, observe},
-    rules::Layout,
     ruleset_test::{FAMILIES, everything, layouts, normalized, open, table_name},
     socket::NftSocket,
     sources::Sources,

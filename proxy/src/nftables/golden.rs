@@ -7,8 +7,7 @@ use super::{
     batch::{Batch, Bytes, Data, Element},
     expression::Verdict,
     keys::frontend_key,
-    layout::{self, DynamicChain, PickChain},
-    rules::Layout,
+    layout::{self, DynamicChain, Layout, PickChain},
 };
 use crate::{
     config::{DetectLocal, NodePortAddresses},

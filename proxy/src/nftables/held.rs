@@ -12,8 +12,7 @@ use super::{
     expression::Verdict,
     intervals::Intervals,
     keys::{address_element, endpoint_bytes, frontend_key},
-    layout::{self, DynamicChain, PickChain},
-    rules::Layout,
+    layout::{self, DynamicChain, Layout, PickChain},
     sources::{Sources, SourcesId},
 };
 use crate::{

@@ -1,9 +1,29 @@
-//! Names: maps, sets and chains of the table, and which traffic uses which.
+//! What the table's layout follows from, and names: maps, sets and chains, and which traffic uses
+//! which.
 //!
-//! Each has its purpose in the table of the crate's `README.md`.
+//! Each name has its purpose in the table of the crate's `README.md`.
 
 use super::sources::SourcesId;
-use crate::ruleset::{Lane, Masquerade};
+use crate::{
+    config::{DetectLocal, NodePortAddresses},
+    model::Family,
+    ruleset::{Lane, Masquerade},
+};
+
+/// What of the configuration is in the rules.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    /// Which table this is.
+    pub(crate) family: Family,
+    /// Which traffic comes from pods; what comes from elsewhere is masqueraded.
+    pub(crate) detect_local: DetectLocal,
+    /// Masquerade everything that is sent to a cluster address.
+    pub(crate) masquerade_all: bool,
+    /// The mark of what is to be masqueraded.
+    pub(crate) masquerade_mark: u32,
+    /// Which of the node's addresses answer on node ports.
+    pub(crate) node_port_addresses: NodePortAddresses,
+}
 
 /// `address . protocol . port → goto endpoints-N`.
 pub(crate) const SERVICES: &str = "services";

@@ -8,8 +8,7 @@
 use super::{
     batch::Chain,
     expression::{Ct, Expression, Register, Verdict},
-    layout::{AFFINITY, DynamicChain, PickChain, lane_maps},
-    rules::Layout,
+    layout::{AFFINITY, DynamicChain, Layout, PickChain, lane_maps},
     steps::{rule, verdict},
 };
 use crate::{

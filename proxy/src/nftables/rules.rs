@@ -16,7 +16,6 @@ use super::{
     uapi::*,
 };
 use crate::{
-    config::{DetectLocal, NodePortAddresses},
     model::{Family, Protocol},
     ruleset::{Lane, Masquerade},
 };
@@ -50,21 +49,6 @@ pub(super) mod types {
     pub(crate) fn concat(parts: &[u32]) -> u32 {
         parts.iter().fold(0, |all, part| all << 6 | part)
     }
-}
-
-/// What of the configuration is in the rules.
-#[derive(Clone, Debug)]
-pub(crate) struct Layout {
-    /// Which table this is.
-    pub(crate) family: Family,
-    /// Which traffic comes from pods; what comes from elsewhere is masqueraded.
-    pub(crate) detect_local: DetectLocal,
-    /// Masquerade everything that is sent to a cluster address.
-    pub(crate) masquerade_all: bool,
-    /// The mark of what is to be masqueraded.
-    pub(crate) masquerade_mark: u32,
-    /// Which of the node's addresses answer on node ports.
-    pub(crate) node_port_addresses: NodePortAddresses,
 }
 
 impl Layout {

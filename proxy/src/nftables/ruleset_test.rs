@@ -10,7 +10,7 @@ use keelson_api::object::ObjectKey;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::{apply::Table, rules::Layout, text::text};
+use super::{apply::Table, layout::Layout, text::text};
 use crate::{
     backend::Goal,
     config::{DetectLocal, NodePortAddresses},

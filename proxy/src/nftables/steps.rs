@@ -7,8 +7,7 @@ use ipnet::IpNet;
 use super::{
     batch::Rule,
     expression::{Comparison, Ct, Expression, Register, Verdict},
-    layout::NODEPORT_IPS,
-    rules::Layout,
+    layout::{Layout, NODEPORT_IPS},
     uapi::RTN_LOCAL,
 };
 use crate::{

@@ -18,7 +18,8 @@ use super::{
     batch::{Chain, Data, Element, Hook, MapData, Set, SetKind, TABLE},
     expression::{Comparison, Ct, Expression, Register, Verdict},
     intervals::Intervals,
-    rules::{Layout, types},
+    layout::Layout,
+    rules::types,
     uapi::*,
 };
 use crate::{
