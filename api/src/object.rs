@@ -1,42 +1,84 @@
 //! Keys, owner references and object references.
 
-use std::fmt;
+use std::{cmp::Ordering, fmt};
 
 use k8s_openapi::{
     api::core::v1::ObjectReference,
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
+use triomphe::ThinArc;
 
 /// An object's namespace and name; the namespace is empty for objects that have none.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ObjectKey {
-    /// Empty if the object is cluster-scoped.
-    pub namespace: String,
-    /// The name.
-    pub name: String,
-}
+///
+/// Tens of thousands of them stand in tables, most of them in several: both texts are in one
+/// allocation, which clones share, and a key is as large as a pointer.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct ObjectKey(
+    /// `namespace/name`: no namespace has a slash (RFC 1123 labels).
+    ThinArc<(), u8>,
+);
 
 impl ObjectKey {
     /// A key of these two parts.
-    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
+    pub fn new(namespace: impl AsRef<str>, name: impl AsRef<str>) -> Self {
+        let text = [namespace.as_ref(), name.as_ref()].join("/");
+        Self(ThinArc::from_header_and_slice((), text.as_bytes()))
     }
 
     /// The key of an object with this metadata.
     pub fn of(metadata: &ObjectMeta) -> Self {
-        Self {
-            namespace: metadata.namespace.clone().unwrap_or_default(),
-            name: metadata.name.clone().unwrap_or_default(),
-        }
+        Self::new(
+            metadata.namespace.as_deref().unwrap_or_default(),
+            metadata.name.as_deref().unwrap_or_default(),
+        )
+    }
+
+    /// Empty if the object is cluster-scoped.
+    pub fn namespace(&self) -> &str {
+        self.parts().0
+    }
+
+    /// The name.
+    pub fn name(&self) -> &str {
+        self.parts().1
+    }
+
+    fn parts(&self) -> (&str, &str) {
+        // It was a text with a slash.
+        let text = str::from_utf8(&self.0.slice).unwrap_or_default();
+        text.split_once('/').unwrap_or_default()
+    }
+}
+
+impl Default for ObjectKey {
+    fn default() -> Self {
+        Self::new("", "")
+    }
+}
+
+impl Ord for ObjectKey {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.parts().cmp(&other.parts())
+    }
+}
+
+impl PartialOrd for ObjectKey {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl fmt::Debug for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.to_string())
     }
 }
 
 impl fmt::Display for ObjectKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.namespace.is_empty() {
-            f.write_str(&self.name)
-        } else {
-            write!(f, "{}/{}", self.namespace, self.name)
+        match self.parts() {
+            ("", name) => f.write_str(name),
+            (namespace, name) => write!(f, "{namespace}/{name}"),
         }
     }
 }
@@ -89,8 +131,8 @@ pub fn reference_by_key<K: k8s_openapi::Resource>(
     ObjectReference {
         api_version: Some(K::API_VERSION.to_owned()),
         kind: Some(K::KIND.to_owned()),
-        namespace: Some(key.namespace.clone()).filter(|namespace| !namespace.is_empty()),
-        name: Some(key.name.clone()),
+        namespace: Some(key.namespace().to_owned()).filter(|namespace| !namespace.is_empty()),
+        name: Some(key.name().to_owned()),
         uid,
         ..ObjectReference::default()
     }
@@ -101,6 +143,19 @@ mod tests {
     use k8s_openapi::api::core::v1::Pod;
 
     use super::*;
+
+    #[test]
+    fn keys_are_their_parts_and_sort_by_the_namespace_first() {
+        let parts = [("", ""), ("", "node"), ("a", ""), ("a", "z"), ("a-b", "a"), ("b", "a/b")];
+        let keys = parts.map(|(namespace, name)| ObjectKey::new(namespace, name));
+        for (key, (namespace, name)) in keys.iter().zip(parts) {
+            assert_eq!((key.namespace(), key.name()), (namespace, name));
+        }
+        assert!(keys.is_sorted(), "a-b stands before a/");
+        assert_eq!(keys[1].to_string(), "node");
+        assert_eq!(keys[0], ObjectKey::default());
+        assert_eq!(size_of::<Option<ObjectKey>>(), size_of::<usize>());
+    }
 
     #[test]
     fn references_name_the_object() {

@@ -106,7 +106,7 @@ impl<K: Resource<DynamicType = ()>> Informer<K> {
         let objects = self.objects.read().unwrap_or_else(PoisonError::into_inner);
         objects
             .range(ObjectKey::new(namespace, "")..)
-            .take_while(|(key, _)| key.namespace == namespace)
+            .take_while(|(key, _)| key.namespace() == namespace)
             .map(|(_, object)| object.clone())
             .collect()
     }

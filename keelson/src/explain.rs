@@ -286,8 +286,8 @@ async fn service_cidrs(client: Client) -> anyhow::Result<Vec<ServiceCIDR>> {
 }
 
 async fn pod(client: Client, key: &ObjectKey) -> anyhow::Result<Option<Pod>> {
-    let api: Api<Pod> = Api::namespaced(client, &key.namespace);
-    api.get_opt(&key.name).await.with_context(|| format!("get pod {key}"))
+    let api: Api<Pod> = Api::namespaced(client, key.namespace());
+    api.get_opt(key.name()).await.with_context(|| format!("get pod {key}"))
 }
 
 #[cfg(test)]

@@ -98,7 +98,7 @@ pub fn measure(services: usize, endpoints: usize) -> Result<Measured, String> {
     }
     for n in 0..services {
         let rules = known.rules(&key(n), &[Family::V4]).map(|(rules, _)| rules);
-        desired.replace_shared(&key(n), rules, || known.shared_key(&key(n)));
+        desired.replace(&known.shared_key(&key(n)), rules);
     }
     let plan = begin.elapsed();
     let begin = Instant::now();

@@ -60,7 +60,7 @@ fn slice(service: &str, n: u32, each: u32) -> ChangeKind {
         zone_hint: Hint::Absent,
     };
     let slice = Slice {
-        service: ObjectKey::new("d", service).into(),
+        service: ObjectKey::new("d", service),
         family: Family::V4,
         ports: [(Box::from(""), Protocol::Tcp, 8080)].into(),
         endpoints: (0..each).map(endpoint).collect(),

@@ -346,7 +346,7 @@ impl Dispatcher {
             // the workers know phases that the API has not heard of yet
             .filter(|(uid, worker)| {
                 let key = &worker.key;
-                let known = self.context.directory.pod(&key.namespace, &key.name);
+                let known = self.context.directory.pod(key.namespace(), key.name());
                 let known = known.filter(|known| known.metadata.uid.as_ref() == Some(uid));
                 !view::is_terminal(view::phase(known.as_ref().unwrap_or(&worker.pod)))
             })

@@ -158,7 +158,7 @@ async fn apply(client: &Client, step: &Step) -> Result<(), kube::Error> {
             }
         }
         Step::Delete { key, uid } => {
-            let pods: Api<Pod> = Api::namespaced(client.clone(), &key.namespace);
+            let pods: Api<Pod> = Api::namespaced(client.clone(), key.namespace());
             let params = DeleteParams {
                 grace_period_seconds: Some(0),
                 preconditions: Some(Preconditions {
@@ -167,7 +167,7 @@ async fn apply(client: &Client, step: &Step) -> Result<(), kube::Error> {
                 }),
                 ..Default::default()
             };
-            match pods.delete(&key.name, &params).await {
+            match pods.delete(key.name(), &params).await {
                 Ok(_) => Ok(()),
                 Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
                 Err(error) => Err(error),

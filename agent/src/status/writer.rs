@@ -98,13 +98,13 @@ impl Writer {
 
     /// Writes one patch, again and again, until it is there or something else is wanted.
     async fn write(&mut self, uid: &str, status: Map<String, Value>) -> Option<Written> {
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.key.namespace);
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), self.key.namespace());
         let body = json!({ "metadata": { "uid": uid }, "status": status });
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         loop {
             let begun = Instant::now();
             let patch = Patch::Strategic(&body);
-            match pods.patch_status(&self.key.name, &PatchParams::default(), &patch).await {
+            match pods.patch_status(self.key.name(), &PatchParams::default(), &patch).await {
                 Ok(_) => {
                     self.metrics.status_written(begun.elapsed());
                     return Some(Written::Yes);
@@ -114,7 +114,7 @@ impl Writer {
                 }
                 // another object has the name now, or somebody else wrote at the same moment
                 Err(kube::Error::Api(status)) if status.code == 409 => {
-                    let found = pods.get_metadata_opt(&self.key.name).await;
+                    let found = pods.get_metadata_opt(self.key.name()).await;
                     let same = |found: Option<PartialObjectMeta<Pod>>| {
                         found.is_some_and(|found| found.metadata.uid.as_deref() == Some(uid))
                     };

@@ -60,11 +60,11 @@ pub(crate) async fn run_accounts(
         return;
     }
     let add = queue.clone();
-    informers.namespaces.on_change(move |change| add.add(change.key().name));
+    informers.namespaces.on_change(move |change| add.add(change.key().name().to_owned()));
     let add = queue.clone();
     informers.default_accounts.on_change(move |change| {
         if change.after.is_none() {
-            add.add(change.key().namespace);
+            add.add(change.key().namespace().to_owned());
         }
     });
     let work = |name: String| {
@@ -108,9 +108,9 @@ pub(crate) async fn run_root_ca(
         return;
     }
     let add = queue.clone();
-    informers.namespaces.on_change(move |change| add.add(change.key().name));
+    informers.namespaces.on_change(move |change| add.add(change.key().name().to_owned()));
     let add = queue.clone();
-    informers.root_ca_maps.on_change(move |change| add.add(change.key().namespace));
+    informers.root_ca_maps.on_change(move |change| add.add(change.key().namespace().to_owned()));
     let work = |name: String| {
         let (client, informers, pem) = (client.clone(), informers.clone(), pem.clone());
         async move { ensure_root_ca(&client, &informers, &name, &pem).await }

@@ -113,7 +113,7 @@ pub async fn run(
     let (mut server, _) = listen(responder, &config.listen).await?;
     follow(&informers, &zone);
     informers.nodes.on_change(move |change| {
-        clients.set_node(&change.key().name, change.after.as_deref());
+        clients.set_node(change.key().name(), change.after.as_deref());
     });
     if informers.namespaces.synced(&shutdown).await
         && informers.services.synced(&shutdown).await
@@ -149,7 +149,7 @@ fn follow(informers: &Informers, zone: &Arc<RwLock<Zone>>) {
     let kept = zone.clone();
     informers.namespaces.on_change(move |change| {
         let mut zone = kept.write().unwrap_or_else(PoisonError::into_inner);
-        zone.set_namespace(&change.key().name, change.after.is_some());
+        zone.set_namespace(change.key().name(), change.after.is_some());
     });
     let kept = zone.clone();
     informers.services.on_change(move |change| {

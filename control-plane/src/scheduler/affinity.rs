@@ -50,7 +50,7 @@ impl Term {
     }
 
     fn matches(&self, pod: &PodFacts, cluster: &Cluster) -> bool {
-        let namespace = &pod.key.namespace;
+        let namespace = pod.key.namespace();
         let in_namespace = self.namespaces.contains(namespace)
             || self
                 .namespace_selector
@@ -159,7 +159,7 @@ impl<'a> Spread<'a> {
             "In",
         );
         let means = |other: &PodFacts| {
-            other.key.namespace == pod.key.namespace
+            other.key.namespace() == pod.key.namespace()
                 && selector.as_ref().is_some_and(|s| s.matches(other.labels()))
         };
         let mut counts = HashMap::new();
@@ -315,7 +315,7 @@ impl<'a> Neighbours<'a> {
         let owner = keelson_api::object::controller_of(&self.pod.pod.metadata);
         let Some(owner) = owner else { return 0 };
         let siblings = node.pods.values().filter(|other| {
-            other.key.namespace == self.pod.key.namespace
+            other.key.namespace() == self.pod.key.namespace()
                 && keelson_api::object::controller_of(&other.pod.metadata)
                     .is_some_and(|o| o.uid == owner.uid)
         });

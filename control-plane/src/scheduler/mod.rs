@@ -105,7 +105,7 @@ impl Scheduler {
     fn follow(self: &Arc<Self>, informers: &Informers) {
         let this = self.clone();
         informers.namespaces.on_change(move |change| {
-            let name = change.key().name;
+            let name = change.key().name().to_owned();
             let labels = change.after.as_ref().map(|ns| ns.metadata.labels.clone());
             this.lock().cluster.set_namespace(&name, labels.map(Option::unwrap_or_default));
         });
@@ -117,7 +117,7 @@ impl Scheduler {
 
     fn node_changed(&self, change: &Change<Node>) {
         let mut state = self.lock();
-        let name = change.key().name;
+        let name = change.key().name().to_owned();
         match &change.after {
             Some(node) => {
                 state.cluster.set_node(&name, node.clone());

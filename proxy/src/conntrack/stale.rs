@@ -306,7 +306,7 @@ mod tests {
             zone_hint: Hint::Absent,
         });
         Slice {
-            service: key().into(),
+            service: key(),
             family: Family::V4,
             ports: Box::default(),
             endpoints: endpoints.collect::<Vec<_>>().into(),

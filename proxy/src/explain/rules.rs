@@ -92,8 +92,8 @@ fn iptables_rules(
     admitted: bool,
 ) -> Vec<String> {
     let name = PortName {
-        namespace: &owner.namespace,
-        service: &owner.name,
+        namespace: owner.namespace(),
+        service: owner.name(),
         port: &plan.port.name,
         protocol: plan.port.protocol,
     };

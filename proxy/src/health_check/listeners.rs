@@ -206,7 +206,7 @@ fn page(check: Option<&Check>, keeps_up: bool) -> Response<Full<Bytes>> {
     let status =
         if check.local > 0 && keeps_up { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = serde_json::json!({
-        "service": { "namespace": check.service.namespace, "name": check.service.name },
+        "service": { "namespace": check.service.namespace(), "name": check.service.name() },
         "localEndpoints": check.local,
         "serviceProxyHealthy": keeps_up,
     });

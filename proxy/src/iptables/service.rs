@@ -58,8 +58,8 @@ impl Rendered {
         let Some((plans, _)) = objects.ports(key, &families) else { return rendered };
         for plan in &plans {
             let name = PortName {
-                namespace: &key.namespace,
-                service: &key.name,
+                namespace: key.namespace(),
+                service: key.name(),
                 port: &plan.port.name,
                 protocol: plan.port.protocol,
             };

@@ -234,7 +234,7 @@ mod tests {
 
     fn slice(port: u16, endpoints: &[SliceEndpoint]) -> Slice {
         Slice {
-            service: ObjectKey::new("d", "s").into(),
+            service: ObjectKey::new("d", "s"),
             family: Family::V4,
             ports: [("web".into(), Protocol::Tcp, port)].into(),
             endpoints: endpoints.into(),

@@ -320,7 +320,7 @@ pub(crate) struct Place {
 /// What the proxy needs of an EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Slice {
-    pub(crate) service: Arc<ObjectKey>,
+    pub(crate) service: ObjectKey,
     pub(crate) family: Family,
     pub(crate) ports: Box<[(Box<str>, Protocol, u16)]>,
     pub(crate) endpoints: Arc<[SliceEndpoint]>,
@@ -395,7 +395,7 @@ impl Slice {
             .and_then(|a| a.get(TRIGGER_TIME)?.parse::<Timestamp>().ok());
         let namespace = object.metadata.namespace.clone().unwrap_or_default();
         let slice = Self {
-            service: Arc::new(ObjectKey::new(namespace, service)),
+            service: ObjectKey::new(namespace, service),
             family,
             ports: ports.into(),
             endpoints: endpoints.into(),

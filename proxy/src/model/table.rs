@@ -28,9 +28,9 @@ const MANY_SLICES: usize = 16;
 /// stands beside its slices.
 #[derive(Debug, Default)]
 pub(crate) struct ServiceTable {
-    entries: HashMap<Arc<ObjectKey>, Box<Entry>>,
+    entries: HashMap<ObjectKey, Box<Entry>>,
     /// Which service a slice was for, as a slice's label may change.
-    slice_owner: HashMap<Arc<ObjectKey>, Arc<ObjectKey>>,
+    slice_owner: HashMap<ObjectKey, ObjectKey>,
     /// The most endpoints behind one port, if that is less than can be looked at.
     endpoints_max: Option<usize>,
 }
@@ -40,12 +40,12 @@ pub(crate) struct ServiceTable {
 struct Entry {
     service: Option<Service>,
     /// By the slice's name.
-    slices: Vec<(Arc<ObjectKey>, Slice)>,
+    slices: Vec<(ObjectKey, Slice)>,
 }
 
 impl Entry {
     fn place(&self, slice: &ObjectKey) -> Result<usize, usize> {
-        self.slices.binary_search_by(|(key, _)| (**key).cmp(slice))
+        self.slices.binary_search_by(|(key, _)| key.cmp(slice))
     }
 }
 
@@ -60,7 +60,7 @@ impl ServiceTable {
         let Some(entry) = self.entries.get_mut(key) else {
             let Some(service) = service else { return false };
             let entry = Entry { service: Some(service), slices: Vec::new() };
-            self.entries.insert(Arc::new(key.clone()), Box::new(entry));
+            self.entries.insert(key.clone(), Box::new(entry));
             return true;
         };
         let changed = entry.service != service;
@@ -73,7 +73,7 @@ impl ServiceTable {
     pub(crate) fn set_slice(&mut self, key: &ObjectKey, slice: Option<Slice>) -> Vec<ObjectKey> {
         let mut touched = Vec::new();
         let before = self.slice_owner.remove_entry(key);
-        let owner = slice.as_ref().map(|slice| Arc::clone(&slice.service));
+        let owner = slice.as_ref().map(|slice| slice.service.clone());
         if let Some((_, before)) = &before
             && Some(before) != owner.as_ref()
         {
@@ -83,16 +83,16 @@ impl ServiceTable {
                 entry.slices.remove(place);
             }
             self.drop_empty(before);
-            touched.push((**before).clone());
+            touched.push(before.clone());
         }
         let Some(mut slice) = slice else { return touched };
-        let key = before.map_or_else(|| Arc::new(key.clone()), |(key, _)| key);
+        let key = before.map_or_else(|| key.clone(), |(key, _)| key);
         let owner = match self.entries.get_key_value(&slice.service) {
-            Some((owner, _)) => Arc::clone(owner),
-            None => Arc::clone(&slice.service),
+            Some((owner, _)) => owner.clone(),
+            None => slice.service.clone(),
         };
-        slice.service = Arc::clone(&owner);
-        let entry = self.entries.entry(Arc::clone(&owner)).or_default();
+        slice.service = owner.clone();
+        let entry = self.entries.entry(owner.clone()).or_default();
         let same = |b: &Slice| {
             b.ports == slice.ports && b.endpoints == slice.endpoints && b.family == slice.family
         };
@@ -100,14 +100,14 @@ impl ServiceTable {
             Ok(place) => {
                 let known = &mut entry.slices[place].1;
                 if !same(known) {
-                    touched.push((*owner).clone());
+                    touched.push(owner.clone());
                 }
                 *known = slice;
             }
             Err(place) => {
-                touched.push((*owner).clone());
+                touched.push(owner.clone());
                 entry.slices.reserve_exact(1);
-                entry.slices.insert(place, (Arc::clone(&key), slice));
+                entry.slices.insert(place, (key.clone(), slice));
             }
         }
         self.slice_owner.insert(key, owner);
@@ -141,18 +141,18 @@ impl ServiceTable {
 
     /// Every Service's key.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &ObjectKey> {
-        self.entries.iter().filter(|(_, entry)| entry.service.is_some()).map(|(key, _)| &**key)
+        self.entries.iter().filter(|(_, entry)| entry.service.is_some()).map(|(key, _)| key)
     }
 
     /// The key of a Service or of slices without one, to be kept by whoever keeps it too.
-    pub(crate) fn shared_key(&self, key: &ObjectKey) -> Arc<ObjectKey> {
+    pub(crate) fn shared_key(&self, key: &ObjectKey) -> ObjectKey {
         let known = self.entries.get_key_value(key);
-        known.map_or_else(|| Arc::new(key.clone()), |(key, _)| Arc::clone(key))
+        known.map_or(key, |(key, _)| key).clone()
     }
 
     /// Every slice's key.
     pub(crate) fn slice_keys(&self) -> impl Iterator<Item = &ObjectKey> {
-        self.slice_owner.keys().map(|key| &**key)
+        self.slice_owner.keys()
     }
 
     /// When the change that a slice tells of happened.

@@ -177,7 +177,7 @@ impl<'a> Proxy<'a> {
         let key = ObjectKey::new("d", name);
         self.with(move |state| {
             if ranges {
-                state.ranges.remove(&key.name);
+                state.ranges.remove(key.name());
                 let dirty = state.desired.set_service_ranges(state.ranges.all()).dirty;
                 return state.write(&dirty);
             }

@@ -206,7 +206,7 @@ impl Proxier {
                     if let Some(triggered) = triggered.filter(|t| Some(*t) != triggered_before)
                         && let Some(keeper) = self.keepers.iter_mut().find(|k| k.family() == family)
                     {
-                        keeper.triggered((*service).clone(), triggered);
+                        keeper.triggered(service, triggered);
                     }
                 }
                 touched
@@ -298,7 +298,7 @@ impl Proxier {
             Some((rules, problems)) => (Some(rules), problems),
             None => (None, Vec::new()),
         };
-        let outcome = desired.replace_shared(key, rules, || objects.shared_key(key));
+        let outcome = desired.replace(&objects.shared_key(key), rules);
         let unchecked = self.telling.note(key, objects, families);
         self.telling.health_checks.touched(&outcome.dirty);
         self.changed(&outcome, Some(at));

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::Arc,
     time::Duration,
 };
 
@@ -225,17 +224,17 @@ impl Refusals {
 }
 
 /// Frontends that other Services have, in words.
-pub(super) fn conflicts(taken: &[(Frontend, Arc<ObjectKey>)]) -> impl Iterator<Item = Problem> {
+pub(super) fn conflicts(taken: &[(Frontend, ObjectKey)]) -> impl Iterator<Item = Problem> {
     taken.iter().filter_map(|(frontend, owner)| conflict(frontend, owner))
 }
 
 /// Whom to tell that frontends are another Service's from now on.
 pub(super) fn losers(
     winner: &ObjectKey,
-    won: &[(Frontend, Arc<ObjectKey>)],
+    won: &[(Frontend, ObjectKey)],
 ) -> impl Iterator<Item = (ObjectKey, Problem)> {
     won.iter()
-        .filter_map(move |(frontend, loser)| Some(((**loser).clone(), conflict(frontend, winner)?)))
+        .filter_map(move |(frontend, loser)| Some((loser.clone(), conflict(frontend, winner)?)))
 }
 
 /// Lanes of one address are one to people.

@@ -7,7 +7,6 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
-    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -34,7 +33,7 @@ pub(crate) struct ServiceRules {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Claimant {
     created: i64,
-    service: Arc<ObjectKey>,
+    service: ObjectKey,
 }
 
 #[derive(Debug)]
@@ -49,9 +48,9 @@ pub(crate) struct Outcome {
     /// Units that may have to be written.
     pub(crate) dirty: Vec<Unit>,
     /// Frontends that the Service wants and another one has.
-    pub(crate) taken: Vec<(Frontend, Arc<ObjectKey>)>,
+    pub(crate) taken: Vec<(Frontend, ObjectKey)>,
     /// Frontends that another Service had and that are this one's now.
-    pub(crate) won: Vec<(Frontend, Arc<ObjectKey>)>,
+    pub(crate) won: Vec<(Frontend, ObjectKey)>,
     /// What dirty frontends did before; those that are new are not in it, and one that passed
     /// through several states is in it with each, the oldest first.
     pub(crate) before: Vec<(Frontend, Action)>,
@@ -66,7 +65,7 @@ pub(crate) struct Desired {
     waiting: HashMap<Frontend, BTreeMap<Claimant, Action>>,
     addresses: HashMap<(AddressSet, IpAddr), u32>,
     service_ranges: Option<Box<[IpNet]>>,
-    services: HashMap<Arc<ObjectKey>, Box<Entry>>,
+    services: HashMap<ObjectKey, Box<Entry>>,
 }
 
 #[derive(Debug)]
@@ -91,7 +90,7 @@ impl Desired {
 
     /// Which Service a frontend belongs to.
     pub(crate) fn owner(&self, frontend: &Frontend) -> Option<&ObjectKey> {
-        self.frontends.get(frontend).map(|claim| &*claim.by.service)
+        self.frontends.get(frontend).map(|claim| &claim.by.service)
     }
 
     /// Everything that should be there.
@@ -123,21 +122,10 @@ impl Desired {
 
     /// Puts in place what a Service wants now (`None` if it is gone), instead of what it wanted.
     pub(crate) fn replace(&mut self, service: &ObjectKey, rules: Option<ServiceRules>) -> Outcome {
-        self.replace_shared(service, rules, || Arc::new(service.clone()))
-    }
-
-    /// As [`Self::replace`], with a key to keep if none is kept yet: there are many Services, and
-    /// who knows them has their keys already.
-    pub(crate) fn replace_shared(
-        &mut self,
-        service: &ObjectKey,
-        rules: Option<ServiceRules>,
-        shared: impl FnOnce() -> Arc<ObjectKey>,
-    ) -> Outcome {
         let mut outcome = Outcome::default();
         let (key, before) = match self.services.remove_entry(service) {
             Some((key, entry)) => (key, Some(entry)),
-            None => (shared(), None),
+            None => (service.clone(), None),
         };
         let rules = rules.filter(|r| !r.frontends.is_empty() || !r.addresses.is_empty());
         let mut dirty = HashSet::new();
@@ -164,7 +152,7 @@ impl Desired {
         let wanted: HashMap<Frontend, &Action> =
             rules.iter().flat_map(|r| &r.frontends).map(|(f, a)| (*f, a)).collect();
         if let Some(entry) = &before {
-            let by = Claimant { created: entry.created, service: Arc::clone(&key) };
+            let by = Claimant { created: entry.created, service: key.clone() };
             for frontend in &entry.frontends {
                 if entry.created != created || !wanted.contains_key(frontend) {
                     let before = self.withdraw(frontend, &by);
@@ -174,12 +162,12 @@ impl Desired {
             }
         }
         for (frontend, action) in &wanted {
-            let by = Claimant { created, service: Arc::clone(&key) };
+            let by = Claimant { created, service: key.clone() };
             if let Some(present) = self.frontends.get(frontend).map(|claim| &claim.by)
                 && by < *present
                 && present.service != key
             {
-                outcome.won.push((*frontend, Arc::clone(&present.service)));
+                outcome.won.push((*frontend, present.service.clone()));
             }
             if let Some(before) = self.claim(*frontend, by, (*action).clone()) {
                 outcome.before.extend(before.map(|action| (*frontend, action)));
@@ -188,7 +176,7 @@ impl Desired {
             if let Some(claim) = self.frontends.get(frontend)
                 && claim.by.service != key
             {
-                outcome.taken.push((*frontend, Arc::clone(&claim.by.service)));
+                outcome.taken.push((*frontend, claim.by.service.clone()));
             }
         }
         if let Some(rules) = &rules {
@@ -311,7 +299,7 @@ mod tests {
                 let outcome = desired.replace(service, rules(created, 30_000, action.clone()));
                 // The younger one is told, whichever comes second.
                 let second = service == order[1];
-                let told = |other: &ObjectKey| vec![(frontend(30_000), Arc::new(other.clone()))];
+                let told = |other: &ObjectKey| vec![(frontend(30_000), other.clone())];
                 let taken = if second && service == &new { told(&old) } else { Vec::new() };
                 let won = if second && service == &old { told(&new) } else { Vec::new() };
                 assert_eq!((outcome.taken, outcome.won), (taken.clone(), won));

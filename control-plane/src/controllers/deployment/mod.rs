@@ -119,8 +119,8 @@ impl Controller {
 
     async fn reconcile(&self, key: ObjectKey) -> Result<Option<Duration>, ControllerError> {
         let Some(deployment) = self.informers.deployments.get(&key) else { return Ok(None) };
-        let deployments: Api<Deployment> = Api::namespaced(self.client.clone(), &key.namespace);
-        let sets: Api<ReplicaSet> = Api::namespaced(self.client.clone(), &key.namespace);
+        let deployments: Api<Deployment> = Api::namespaced(self.client.clone(), key.namespace());
+        let sets: Api<ReplicaSet> = Api::namespaced(self.client.clone(), key.namespace());
         let Some(selector) = selector(&deployment) else {
             self.events.event(
                 &object_reference(&*deployment),
@@ -133,7 +133,7 @@ impl Controller {
         let claims = claim::claims(
             &deployment.metadata,
             &selector,
-            self.informers.replica_sets.list_in(&key.namespace),
+            self.informers.replica_sets.list_in(key.namespace()),
         );
         if !claims.orphans.is_empty() || !claims.strangers.is_empty() {
             let owner = controller_reference::<Deployment>(&deployment.metadata);

@@ -115,7 +115,7 @@ impl Controller {
     fn pod_changed(&self, change: &Change<Pod>) {
         let labels = |pod: &Option<Arc<Pod>>| pod.as_ref().and_then(|p| p.metadata.labels.clone());
         let (before, after) = (labels(&change.before), labels(&change.after));
-        for service in self.informers.services.list_in(&change.key().namespace) {
+        for service in self.informers.services.list_in(change.key().namespace()) {
             if (change.before.is_some() && members::selects_labels(&service, before.as_ref()))
                 || (change.after.is_some() && members::selects_labels(&service, after.as_ref()))
             {
@@ -141,8 +141,8 @@ impl Controller {
             }
             let Some(service) = label(plan::SERVICE_NAME) else { continue };
             let key = change.key();
-            let owner = ObjectKey::new(key.namespace, service);
-            self.expectations.created(&owner, &key.name);
+            let owner = ObjectKey::new(key.namespace(), service);
+            self.expectations.created(&owner, key.name());
             self.slices.add(owner);
         }
     }
@@ -178,14 +178,14 @@ impl Controller {
         if !self.expectations.are_met(&key) {
             return Ok(Some(UNSEEN));
         }
-        let mut existing = self.informers.endpoint_slices.list_in(&key.namespace);
+        let mut existing = self.informers.endpoint_slices.list_in(key.namespace());
         existing.retain(|slice| {
             let label = |key| slice.metadata.labels.as_ref().and_then(|labels| labels.get(key));
-            label(plan::SERVICE_NAME) == Some(&key.name)
+            label(plan::SERVICE_NAME).map(String::as_str) == Some(key.name())
                 && label(plan::MANAGED_BY).map(String::as_str) == Some(plan::MANAGER)
                 && slice.metadata.deletion_timestamp.is_none()
         });
-        let selected = self.selected(&service, &key.namespace);
+        let selected = self.selected(&service, key.namespace());
         let plan = plan::plan(&service, &selected, &self.zones(&selected), &existing);
         let result = carry_out(&self.client, &self.expectations, &key, plan).await;
         if let Err(error) = &result
@@ -206,7 +206,7 @@ impl Controller {
         client: &Client,
         key: ObjectKey,
     ) -> Result<Option<Duration>, ControllerError> {
-        let api: Api<Endpoints> = Api::namespaced(client.clone(), &key.namespace);
+        let api: Api<Endpoints> = Api::namespaced(client.clone(), key.namespace());
         let known = self.informers.endpoints.get(&key);
         let Some(service) = self.informers.services.get(&key) else {
             let labels = known.as_ref().and_then(|known| known.metadata.labels.as_ref());
@@ -214,7 +214,7 @@ impl Controller {
                 .and_then(|labels| labels.get(legacy::MANAGED_BY))
                 .is_some_and(|manager| manager == legacy::MANAGER);
             if ours {
-                match api.delete(&key.name, &DeleteParams::default()).await {
+                match api.delete(key.name(), &DeleteParams::default()).await {
                     Err(error) if code(&error) != 404 => {
                         return Err(error).doing(|| format!("delete endpoints {key}"));
                     }
@@ -226,7 +226,7 @@ impl Controller {
         if members::selects(&service).is_none() || service.metadata.deletion_timestamp.is_some() {
             return Ok(None);
         }
-        let selected = self.selected(&service, &key.namespace);
+        let selected = self.selected(&service, key.namespace());
         let wanted = legacy::wanted(&service, &selected, known.as_deref());
         match known {
             Some(known) => {
@@ -248,7 +248,7 @@ pub(super) async fn carry_out(
     key: &ObjectKey,
     plan: Plan,
 ) -> Result<(), ControllerError> {
-    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), &key.namespace);
+    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), key.namespace());
     for (before, after) in &plan.update {
         change::write(&slices, &**before, after, Part::Main).await?;
     }

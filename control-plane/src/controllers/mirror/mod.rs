@@ -51,7 +51,7 @@ pub(crate) async fn run(client: Client, informers: Arc<Informers>, shutdown: Can
     let (add, seen) = (queue.clone(), expectations.clone());
     informers.endpoint_slices.on_change(move |change| {
         if let Some(owner) = change.newest().and_then(|slice| owner(slice)) {
-            seen.created(&owner, &change.key().name);
+            seen.created(&owner, change.key().name());
             add.add(owner);
         }
     });
@@ -72,7 +72,7 @@ async fn reconcile(
     if !expectations.are_met(key) {
         return Ok(Some(UNSEEN));
     }
-    let mut existing = informers.endpoint_slices.list_in(&key.namespace);
+    let mut existing = informers.endpoint_slices.list_in(key.namespace());
     existing.retain(|slice| {
         slice.metadata.deletion_timestamp.is_none() && owner(slice).as_ref() == Some(key)
     });

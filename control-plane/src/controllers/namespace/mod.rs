@@ -41,12 +41,12 @@ pub(crate) async fn run(client: Client, informers: Arc<Informers>, shutdown: Can
     let add = queue.clone();
     informers.namespaces.on_change(move |change| {
         if change.after.as_ref().is_some_and(|namespace| is_ours(namespace)) {
-            add.add(change.key().name);
+            add.add(change.key().name().to_owned());
         }
     });
     let (add, namespaces) = (queue.clone(), informers.namespaces.clone());
     informers.pods.on_change(move |change| {
-        let namespace = change.key().namespace;
+        let namespace = change.key().namespace().to_owned();
         if change.after.is_none()
             && namespaces
                 .get(&ObjectKey::new("", &namespace))

@@ -79,7 +79,7 @@ pub(crate) async fn run(
     let (add, kept) = (queue.clone(), informers.clone());
     informers.nodes.on_change(move |change| {
         let Some(node) = change.after.as_ref() else { return };
-        let name = change.key().name;
+        let name = change.key().name().to_owned();
         if evicting(node).is_empty()
             && change.before.as_ref().is_none_or(|b| evicting(b).is_empty())
         {
@@ -159,7 +159,7 @@ pub(crate) async fn remove(
     grace_period: Option<u32>,
 ) -> Result<(), ControllerError> {
     let key = ObjectKey::of(&pod.metadata);
-    let api: Api<Pod> = Api::namespaced(client.clone(), &key.namespace);
+    let api: Api<Pod> = Api::namespaced(client.clone(), key.namespace());
     if !pods::is_over(pod) {
         let time = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::now());
         let mut patch = json!({
@@ -173,7 +173,7 @@ pub(crate) async fn remove(
             patch["status"]["phase"] = json!("Failed");
         }
         let patch = Patch::Strategic(patch);
-        match api.patch_status(&key.name, &PatchParams::default(), &patch).await {
+        match api.patch_status(key.name(), &PatchParams::default(), &patch).await {
             Err(error) if code(&error) == 404 => return Ok(()),
             Err(error) => return Err(error).doing(|| format!("mark pod {key}")),
             Ok(_) => {}
@@ -181,7 +181,7 @@ pub(crate) async fn remove(
     }
     let params = DeleteParams { grace_period_seconds: grace_period, ..DeleteParams::default() }
         .preconditions(Preconditions { uid: pod.metadata.uid.clone(), resource_version: None });
-    match api.delete(&key.name, &params).await {
+    match api.delete(key.name(), &params).await {
         Err(error) if code(&error) != 404 => Err(error).doing(|| format!("delete pod {key}")),
         _ => Ok(()),
     }

@@ -137,7 +137,7 @@ impl Controller {
 
     async fn reconcile(&self, key: &ObjectKey) -> Result<(), ControllerError> {
         let Some(node) = self.informers.nodes.get(key) else { return Ok(()) };
-        let lease = self.informers.leases.get(&ObjectKey::new("kube-node-lease", &key.name));
+        let lease = self.informers.leases.get(&ObjectKey::new("kube-node-lease", key.name()));
         let silence = {
             let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
             heard.silence(&node, lease.as_deref(), Instant::now())
@@ -170,11 +170,11 @@ impl Controller {
     /// Says of a node's pods that they are not ready, since nobody there says so.
     async fn mark_pods(&self, node: &ObjectKey) -> Result<(), ControllerError> {
         for pod in self.informers.pods.list() {
-            if pods::node_name(&pod) != Some(&node.name) || !pods::is_ready(&pod) {
+            if pods::node_name(&pod) != Some(node.name()) || !pods::is_ready(&pod) {
                 continue;
             }
             let key = ObjectKey::of(&pod.metadata);
-            let api: Api<Pod> = Api::namespaced(self.client.clone(), &key.namespace);
+            let api: Api<Pod> = Api::namespaced(self.client.clone(), key.namespace());
             let patch = json!({
                 "metadata": {"uid": pod.metadata.uid},
                 "status": {"conditions": [{
@@ -183,7 +183,7 @@ impl Controller {
                 }]},
             });
             let patch = Patch::Strategic(patch);
-            match api.patch_status(&key.name, &PatchParams::default(), &patch).await {
+            match api.patch_status(key.name(), &PatchParams::default(), &patch).await {
                 Err(error) if code(&error) != 404 => {
                     return Err(error).doing(|| format!("mark pod {key}"));
                 }

@@ -121,9 +121,9 @@ impl Controller {
         let Some(selector) = selector(&set) else { return Ok(None) };
         let may_act = self.expectations.are_met(&key);
         let claims =
-            claim::claims(&set.metadata, &selector, self.informers.pods.list_in(&key.namespace));
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &key.namespace);
-        let sets: Api<ReplicaSet> = Api::namespaced(self.client.clone(), &key.namespace);
+            claim::claims(&set.metadata, &selector, self.informers.pods.list_in(key.namespace()));
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), key.namespace());
+        let sets: Api<ReplicaSet> = Api::namespaced(self.client.clone(), key.namespace());
         if !claims.orphans.is_empty() || !claims.strangers.is_empty() {
             let owner = controller_reference::<ReplicaSet>(&set.metadata);
             claim::settle(&pods, &sets, &owner, &claims).await?;

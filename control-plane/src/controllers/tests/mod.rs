@@ -76,7 +76,7 @@ fn run_pods(api: &FakeApi, informers: &Arc<Informers>) {
             "conditions": [{"type": "Ready", "status": "True",
                 "lastTransitionTime": "2026-01-01T00:00:00Z"}]}});
         let key = change.key();
-        api.change("pods", &key.namespace, &key.name, &status);
+        api.change("pods", key.namespace(), key.name(), &status);
     });
 }
 

@@ -133,7 +133,7 @@ impl Zone {
         if let Some(owner) = self.slice_owner.remove(key)
             && let Some(slices) = self.endpoints.get_mut(&owner)
         {
-            let old = slices.remove(&key.name).unwrap_or_default();
+            let old = slices.remove(key.name()).unwrap_or_default();
             let still: HashSet<IpAddr> = slices.values().flatten().map(|e| e.address).collect();
             if slices.is_empty() {
                 self.endpoints.remove(&owner);
@@ -147,13 +147,13 @@ impl Zone {
         let Some(service) = labels.and_then(|l| l.get("kubernetes.io/service-name")) else {
             return;
         };
-        let owner = ObjectKey::new(key.namespace.clone(), service);
+        let owner = ObjectKey::new(key.namespace(), service);
         let entries = endpoint_entries(slice);
         for entry in &entries {
             self.by_address.entry(entry.address).or_default().insert(owner.clone());
         }
         self.slice_owner.insert(key.clone(), owner.clone());
-        self.endpoints.entry(owner).or_default().insert(key.name.clone(), entries);
+        self.endpoints.entry(owner).or_default().insert(key.name().to_owned(), entries);
     }
 
     fn forget_address(&mut self, address: IpAddr, key: &ObjectKey) {
@@ -302,7 +302,7 @@ impl Zone {
                 !port.name.is_empty() && port.is_called(name, protocol)
             })
         };
-        let base = format!("{}.{}.svc.", key.name, key.namespace);
+        let base = format!("{}.{}.svc.", key.name(), key.namespace());
         let mut found = Vec::new();
         let mut extra = Vec::new();
         let mut add = |target: &str, port: u16, hosts: &[IpAddr]| {
@@ -361,7 +361,7 @@ impl Zone {
     fn reverse(&self, name: &Name, address: IpAddr, kind: RecordType) -> Lookup {
         let mut names = Vec::new();
         for key in self.by_address.get(&address).into_iter().flatten() {
-            let base = format!("{}.{}.svc.", key.name, key.namespace);
+            let base = format!("{}.{}.svc.", key.name(), key.namespace());
             match self.services.get(key).map(|service| &service.kind) {
                 Some(Kind::Cluster(own)) if own.contains(&address) => names.push(base),
                 Some(Kind::Headless) => {
