@@ -281,7 +281,9 @@ impl Snapshot {
         answer: &mut Explanation,
     ) {
         match action {
-            Action::Forward { sources: Some(sources), .. } if !admits(sources, packet.from) => {
+            Action::Forward { sources: Some(sources), .. }
+                if !admits(sources, packet.from) && !self.is_own_balancer(packet, sources) =>
+            {
                 answer.verdict = Verdict::Dropped;
                 answer.reason = format!("{} is in none of loadBalancerSourceRanges", packet.from);
                 if self.config.mode == Mode::Userspace && packet.protocol == Protocol::Tcp {
@@ -318,6 +320,15 @@ impl Snapshot {
                 answer.reason = "the Service has no endpoint that is ready".into();
             }
         }
+    }
+
+    /// Whether a packet comes from the very address of a load balancer that it goes to: so it does
+    /// from a node that has that address too, and what admits the node admits it.
+    fn is_own_balancer(&self, packet: &Packet, sources: &[IpNet]) -> bool {
+        let mut node = self.desired.node_addresses().iter();
+        self.config.mode != Mode::Userspace
+            && packet.from == packet.to
+            && node.any(|node| admits(sources, *node))
     }
 
     /// Whether clients inside are served at the same address and port, so that somebody listens.

@@ -11,7 +11,7 @@ use super::{
     changes::Changes,
     expression::Verdict,
     intervals::Intervals,
-    keys::{address_element, endpoint_bytes, frontend_key},
+    keys::{address_element, endpoint_bytes, frontend_key, own_balancer_key},
     layout::{self, DynamicChain, Layout, PickChain},
     sources::{Sources, SourcesId},
 };
@@ -76,8 +76,10 @@ pub(crate) struct Held {
     pub(super) addresses: HashSet<(AddressSet, IpAddr)>,
     /// `None` for none.
     pub(super) service_ranges: Option<Intervals>,
-    /// From where clients may come. Lanes of one address share this and the next.
+    /// From where clients may come. Lanes of one address share this and the next two.
     pub(super) firewall: HashMap<Frontend, SourcesId>,
+    /// Whether the node may come from the very address of a load balancer, whatever the list.
+    pub(super) own: HashSet<Frontend>,
     /// For how many seconds a client's endpoint is remembered.
     pub(super) sticky: HashMap<Frontend, u32>,
     /// How many frontends lead to each chain that isn't always there; a list of sources is there
@@ -114,6 +116,8 @@ pub(crate) enum Next {
     Frontend(Frontend, Option<HeldFrontend>),
     /// From where clients of a frontend may come.
     Firewall(Frontend, Option<SourcesId>),
+    /// Whether the node may come from the address itself.
+    Own(Frontend, bool),
     /// For how many seconds clients of a frontend are remembered.
     Sticky(Frontend, Option<u32>),
 }
@@ -122,7 +126,12 @@ impl Held {
     /// Everything that is there.
     pub(crate) fn units(&self) -> impl Iterator<Item = Unit> + '_ {
         let addresses = self.addresses.iter().map(|(set, address)| Unit::Address(*set, *address));
-        let frontends = self.frontends.keys().chain(self.firewall.keys()).chain(self.sticky.keys());
+        let frontends = self
+            .frontends
+            .keys()
+            .chain(self.firewall.keys())
+            .chain(self.sticky.keys())
+            .chain(&self.own);
         let ranges = self.service_ranges.iter().map(|held| Unit::ServiceRanges(held.family()));
         addresses.chain(frontends.map(|f| Unit::Frontend(*f))).chain(ranges)
     }
@@ -184,11 +193,15 @@ impl Held {
     fn plan_shared(&self, frontend: &Frontend, desired: &Desired, plan: &mut Plan) {
         let shared = shared(frontend);
         let maps = layout::lane_maps(shared.lane);
-        let sources = maps.firewall.and_then(|_| Sources::of(&shared, desired)).map(|l| l.id());
+        let list = maps.firewall.and_then(|_| Sources::of(&shared, desired));
+        let sources = list.as_ref().map(Sources::id);
         let held_sources = self.firewall.get(&shared).copied();
+        let own = list.is_some_and(|list| list.has_node(desired));
+        let held_own = self.own.contains(&shared);
         let sticky = affinity_seconds(&shared, desired);
         let held_sticky = self.sticky.get(&shared).copied();
-        if (sources, sticky) == (held_sources, held_sticky) || !plan.shared.insert(shared) {
+        let same = (sources, own, sticky) == (held_sources, held_own, held_sticky);
+        if same || !plan.shared.insert(shared) {
             return;
         }
         let key = frontend_key(&shared);
@@ -210,6 +223,15 @@ impl Held {
                     plan.next.push(next);
                 }
             }
+        }
+        if own != held_own {
+            let key = own_balancer_key(&shared);
+            if own {
+                plan.changes.add(layout::OWN_BALANCERS, key, Data::None);
+            } else {
+                plan.changes.remove(layout::OWN_BALANCERS, key);
+            }
+            plan.next.push(Next::Own(shared, own));
         }
         if sticky != held_sticky {
             if held_sticky.is_some() {
@@ -235,6 +257,12 @@ impl Held {
                 self.service_ranges = Some(ranges).filter(|ranges| !ranges.is_empty());
             }
             Next::Firewall(frontend, sources) => self.enter_sources(frontend, sources),
+            Next::Own(frontend, true) => {
+                self.own.insert(frontend);
+            }
+            Next::Own(frontend, false) => {
+                self.own.remove(&frontend);
+            }
             Next::Sticky(frontend, next) => {
                 let before = match next {
                     Some(seconds) => self.sticky.insert(frontend, seconds),

@@ -36,6 +36,22 @@ pub(crate) fn frontend_key(frontend: &Frontend) -> Bytes {
     key.part(&[frontend.protocol.number()]).part(&frontend.port.to_be_bytes())
 }
 
+/// The key of a load balancer's address and port for who comes from that very address.
+pub(super) fn own_balancer_key(frontend: &Frontend) -> Bytes {
+    let source = match frontend.address {
+        Some(address) => address_bytes(Bytes::new(), address),
+        None => Bytes::new(),
+    };
+    source.part(frontend_key(frontend).as_slice())
+}
+
+/// Reads such a key.
+pub(super) fn read_own_balancer(bytes: &[u8], family: Family) -> Option<Frontend> {
+    let (source, rest) = read_address(bytes, family)?;
+    let (frontend, rest) = read_frontend(rest, family, Lane::Address)?;
+    (rest.is_empty() && frontend.address == Some(source)).then_some(frontend)
+}
+
 pub(super) fn endpoint_bytes(endpoint: Endpoint) -> Bytes {
     address_bytes(Bytes::new(), endpoint.address).part(&endpoint.port.to_be_bytes())
 }

@@ -43,6 +43,9 @@ pub(crate) const SERVICES_INSIDE: &str = "services-inside";
 pub(crate) const INSIDE_ENDPOINTS: &str = "inside-endpoints";
 /// `address . protocol . port → goto sources-LIST`: from where clients may come.
 pub(crate) const FIREWALL: &str = "firewall";
+/// `address . address . protocol . port`: load balancers' addresses by which the node itself may come
+/// to them.
+pub(crate) const OWN_BALANCERS: &str = "own-balancers";
 /// `address . protocol . port → goto reject-at-once`.
 pub(crate) const NO_ENDPOINTS: &str = "no-endpoints";
 /// `protocol . port → goto reject-at-once`.

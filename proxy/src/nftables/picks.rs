@@ -8,7 +8,7 @@
 use super::{
     batch::Chain,
     expression::{Ct, Expression, Register, Verdict},
-    layout::{AFFINITY, DynamicChain, Layout, PickChain, lane_maps},
+    layout::{AFFINITY, DynamicChain, Layout, OWN_BALANCERS, PickChain, lane_maps},
     steps::{rule, verdict},
 };
 use crate::{
@@ -27,10 +27,19 @@ impl Layout {
                 rules: vec![rule("where the client was sent", self.remember_for(seconds))],
             },
             DynamicChain::Sources(id) => {
-                let key = Register::new(0);
+                let (key, words) = (Register::new(0), self.address_length() / 4);
                 let steps = vec![
                     self.source_address(key),
                     Expression::NotInSet { set: id.name().into(), key },
+                    self.source_address(key),
+                    self.destination_address(Register::new(words)),
+                    Expression::TransportProtocol { to: Register::new(2 * words) },
+                    Expression::TransportHeader {
+                        to: Register::new(2 * words + 1),
+                        offset: 2,
+                        length: 2,
+                    },
+                    Expression::NotInSet { set: OWN_BALANCERS.into(), key },
                     verdict(Verdict::Drop),
                 ];
                 Chain { name: chain.name(), hook: None, rules: vec![rule("nobody else", steps)] }

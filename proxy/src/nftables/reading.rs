@@ -7,7 +7,7 @@ use super::{
     changes::Changes,
     expression::Verdict,
     held::{Chosen, Held},
-    keys::{frontend_key, read_address, read_endpoint, read_frontend},
+    keys::{frontend_key, read_address, read_endpoint, read_frontend, read_own_balancer},
     layout::{self, DynamicChain},
 };
 use crate::{
@@ -133,6 +133,10 @@ impl Reading {
                 }
                 self.held.frontends.entry(frontend).or_default().rejected = true;
             }
+            return Some(());
+        }
+        if set == layout::OWN_BALANCERS {
+            self.held.own.insert(read_own_balancer(key, self.family)?);
             return Some(());
         }
         let (address, rest) = read_address(key, self.family)?;

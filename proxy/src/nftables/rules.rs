@@ -80,6 +80,12 @@ impl Layout {
             set(NODEPORTS_INSIDE, &without[..2], 8, MapData::Verdict),
             set(NODEPORT_INSIDE_ENDPOINTS, &without, 12, endpoint),
             set(FIREWALL, &with_address[..3], length + 8, MapData::Verdict),
+            set(
+                OWN_BALANCERS,
+                &[address, address, INET_PROTO, INET_SERVICE],
+                2 * length + 8,
+                MapData::None,
+            ),
             set(NO_ENDPOINTS, &with_address[..3], length + 8, MapData::Verdict),
             set(NO_ENDPOINT_NODEPORTS, &without[..2], 8, MapData::Verdict),
             set(CLUSTER_IPS, &[address], length, MapData::None),

@@ -69,6 +69,15 @@ impl Sources {
         ranges.flatten().map(|ranges| Self::new(frontend.family, ranges))
     }
 
+    /// Whether the node's own address is in it.
+    ///
+    /// Where a load balancer's address is one of the node's too, the node uses it as its source as
+    /// well when it sends something there. kube-proxy lets that through then.
+    pub(crate) fn has_node(&self, desired: &Desired) -> bool {
+        let mut node = desired.node_addresses().iter();
+        node.any(|node| self.0.ranges().any(|(first, last)| (first..=last).contains(node)))
+    }
+
     /// The list that a set in the kernel has; `None` if no list has these elements.
     pub(crate) fn read(family: Family, elements: &[Element]) -> Option<Self> {
         Intervals::read(family, elements).map(Self)

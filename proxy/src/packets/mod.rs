@@ -15,6 +15,7 @@
 //! | [`explain_test`] | asks for each row of the table why its packets go where they go |
 //! | [`changes_test`] | what needs more than one step: even choice, affinity, flows of UDP |
 //! | [`sctp_test`] | the table and those steps with SCTP: in the virtual machine of `tests/vm/proxy`, if not here |
+//! | [`own_balancer_test`] | a node that sends from a load balancer's address |
 //! | [`rejects_test`] | how refusals are told, and the guard of loopback |
 //! | [`whole_test`] | both families at once, health checks, the node's own range of pods |
 //! | [`model`] | random changes, and where packets should go, from the documentation |
@@ -57,6 +58,7 @@ mod fixture;
 mod input_test;
 mod load_test;
 mod model;
+mod own_balancer_test;
 mod rejects_test;
 mod rows;
 mod sctp;

@@ -65,6 +65,8 @@ pub(crate) struct Desired {
     waiting: HashMap<Frontend, BTreeMap<Claimant, Action>>,
     addresses: HashMap<(AddressSet, IpAddr), u32>,
     service_ranges: Option<Box<[IpNet]>>,
+    /// What [`AddressSet::NodeAddresses`] has.
+    node: Vec<IpAddr>,
     services: HashMap<ObjectKey, Box<Entry>>,
 }
 
@@ -99,6 +101,11 @@ impl Desired {
         let frontends = self.frontends.keys().map(|frontend| Unit::Frontend(*frontend));
         let known = self.service_ranges.is_some().then_some([Family::V4, Family::V6]);
         addresses.chain(frontends).chain(known.into_iter().flatten().map(Unit::ServiceRanges))
+    }
+
+    /// The node's addresses.
+    pub(crate) fn node_addresses(&self) -> &[IpAddr] {
+        &self.node
     }
 
     /// The ranges that cluster addresses are taken from, of both families; `None` as long as nobody
@@ -146,6 +153,10 @@ impl Desired {
                     dirty.insert(Unit::Address(address.0, address.1));
                 }
             }
+        }
+
+        if dirty.iter().any(|unit| matches!(unit, Unit::Address(AddressSet::NodeAddresses, _))) {
+            self.note_node(&mut dirty);
         }
 
         let created = rules.as_ref().map_or(0, |r| r.created);
@@ -197,6 +208,17 @@ impl Desired {
         outcome.taken.sort_unstable();
         outcome.won.sort_unstable();
         outcome
+    }
+
+    /// Notes the node's addresses, and who depends on them: whom source ranges admit.
+    fn note_node(&mut self, dirty: &mut HashSet<Unit>) {
+        let node = self.addresses.keys().filter(|(set, _)| *set == AddressSet::NodeAddresses);
+        self.node = node.map(|(_, address)| *address).collect();
+        let limited = self
+            .frontends
+            .iter()
+            .filter(|(_, claim)| matches!(claim.action, Action::Forward { sources: Some(_), .. }));
+        dirty.extend(limited.map(|(frontend, _)| Unit::Frontend(*frontend)));
     }
 
     /// Enters a claim. If that may change what the frontend does: what it did before, if it was
