@@ -59,7 +59,12 @@ impl Rule {
         let mut comment: String = comment
             .to_string()
             .chars()
-            .map(|c| if (' '..='~').contains(&c) && !matches!(c, '"' | '\\') { c } else { '_' })
+            // What `iptables-save` puts a backslash before would not be found again.
+            .map(|c| match c {
+                '"' | '\'' | '\\' => '_',
+                ' '..='~' => c,
+                _ => '_',
+            })
             .collect();
         comment.truncate(COMMENT_MAX);
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
@@ -136,6 +141,7 @@ mod tests {
             ("plain", "-m comment --comment plain".to_owned()),
             ("a/b:c", "-m comment --comment \"a/b:c\"".to_owned()),
             ("", "-m comment --comment \"\"".to_owned()),
+            ("it's", "-m comment --comment it_s".to_owned()),
             ("a\" -j ACCEPT\n-F \\ é", "-m comment --comment \"a_ -j ACCEPT_-F _ _\"".to_owned()),
             (&long, format!("-m comment --comment \"{}\"", &long[..255])),
         ] {

@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::compact::ClusterAddresses;
 
 /// An address that traffic may be sent to.
@@ -70,6 +72,14 @@ pub(super) fn external_address(
     }
 }
 
+/// A range of addresses, whose first one is written as an address has to be.
+pub(super) fn range(text: &str) -> Option<IpNet> {
+    let (address, length) = text.split_once('/')?;
+    let digits = length.bytes().all(|byte| byte.is_ascii_digit());
+    let length = length.parse().ok().filter(|_| digits)?;
+    Some(IpNet::new(address.parse().ok()?, length).ok()?.trunc())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +116,23 @@ mod tests {
             ("::ffff:10.0.0.1", "IPv4 address in IPv6 form"),
         ] {
             assert!(usable_address(text).unwrap_err().contains(words), "{text}");
+        }
+    }
+
+    #[test]
+    fn ranges_are_written_as_addresses_are() {
+        for (text, expected) in [
+            ("10.0.0.7/8", Some("10.0.0.0/8")),
+            ("FD00:0::1/64", Some("fd00::/64")),
+            ("0.0.0.0/0", Some("0.0.0.0/0")),
+            ("010.0.0.0/8", None),
+            ("10.0.0.0/+8", None),
+            ("10.0.0.0/33", None),
+            ("10.0.0.0", None),
+            ("fe80::%eth0/64", None),
+            ("x/8", None),
+        ] {
+            assert_eq!(range(text).map(|range| range.to_string()).as_deref(), expected, "{text}");
         }
     }
 }

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! [`objects`] takes from the API's objects what matters here and refuses what is wrong in them
-//! ([`address`]);
+//! ([`address`], [`ports`]);
 //! [`service_ranges`] are where cluster addresses come from; [`eligible`] chooses the endpoints of one service port; [`table`] keeps all of it by service and
 //! says which parts of the [ruleset](crate::ruleset) a change touches. Nothing here does I/O.
 
@@ -15,6 +15,7 @@ mod address;
 pub(crate) mod compact;
 pub(crate) mod eligible;
 pub(crate) mod objects;
+mod ports;
 pub(crate) mod service_ranges;
 pub(crate) mod table;
 

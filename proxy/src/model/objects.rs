@@ -15,8 +15,9 @@ use keelson_api::object::ObjectKey;
 
 use super::{
     Family, Problem, Protocol,
-    address::{external_address, usable_address},
+    address::{external_address, range, usable_address},
     compact::{ClusterAddresses, Uid},
+    ports::{port_number, service_ports},
 };
 
 /// Services with this label belong to another proxy.
@@ -144,13 +145,7 @@ impl Service {
             }
         }
         let external = matches!(spec.type_.as_deref(), Some("NodePort" | "LoadBalancer"));
-        let mut ports: Vec<ServicePort> = Vec::new();
-        for port in spec.ports.iter().flatten() {
-            match service_port(port, external) {
-                Ok(port) => ports.push(port),
-                Err(problem) => problems.push(problem),
-            }
-        }
+        let ports = service_ports(spec, external, &mut problems);
         let balanced = spec.type_.as_deref() == Some("LoadBalancer");
         let mut outside = |what: &str, texts: &mut dyn Iterator<Item = &str>| {
             let mut usable: Vec<IpAddr> = Vec::new();
@@ -225,9 +220,9 @@ impl Service {
 fn read_ranges(texts: &[String], problems: &mut Vec<Problem>) -> Arc<[IpNet]> {
     let mut ranges: Vec<IpNet> = Vec::new();
     for text in texts {
-        match text.trim().parse::<IpNet>() {
-            Ok(range) => ranges.push(range.trunc()),
-            Err(_) => problems.push(Problem::new(
+        match range(text.trim()) {
+            Some(range) => ranges.push(range),
+            None => problems.push(Problem::new(
                 "InvalidSourceRange",
                 format!("loadBalancerSourceRanges has {text:?}, which is not a range of addresses and admits nobody"),
             )),
@@ -240,30 +235,6 @@ fn read_ranges(texts: &[String], problems: &mut Vec<Problem>) -> Arc<[IpNet]> {
 
 fn created(metadata: &ObjectMeta) -> i64 {
     metadata.creation_timestamp.as_ref().map_or(i64::MAX, |t| t.0.as_second())
-}
-
-fn service_port(port: &core::ServicePort, external: bool) -> Result<ServicePort, Problem> {
-    let name: Box<str> = port.name.as_deref().unwrap_or_default().into();
-    let refused = |why: String| {
-        Problem::new("InvalidPort", format!("port {} {name:?} is not served: {why}", port.port))
-    };
-    let protocol = Protocol::parse(port.protocol.as_deref()).ok_or_else(|| {
-        let unknown = port.protocol.as_deref().unwrap_or_default();
-        refused(format!("protocol {unknown:?} is not known"))
-    })?;
-    let number = port_number(port.port).ok_or_else(|| refused("it is not a port number".into()))?;
-    // 0 is how "none" looks on the wire.
-    let node_port = match port.node_port.filter(|n| external && *n != 0) {
-        None => None,
-        Some(n) => Some(
-            port_number(n).ok_or_else(|| refused(format!("node port {n} is not a port number")))?,
-        ),
-    };
-    Ok(ServicePort { name, protocol, port: number, node_port })
-}
-
-fn port_number(number: i32) -> Option<u16> {
-    u16::try_from(number).ok().filter(|n| *n != 0)
 }
 
 /// One endpoint of a slice.
@@ -531,6 +502,20 @@ mod tests {
     }
 
     #[test]
+    fn a_health_check_port_is_for_load_balancers_with_the_policy_local() {
+        for (kind, policy, expected) in [
+            ("LoadBalancer", "Local", Some(30_100)),
+            ("LoadBalancer", "Cluster", None),
+            ("NodePort", "Local", None),
+        ] {
+            let (read, _) = service(json!({"type": kind, "clusterIP": "10.96.0.5",
+                "externalTrafficPolicy": policy, "healthCheckNodePort": 30_100}));
+            let found = read.unwrap().outside().health_check_node_port;
+            assert_eq!(found, expected, "{kind} {policy}");
+        }
+    }
+
+    #[test]
     fn a_slice_without_any_use_is_one_event_and_bounded() {
         let endpoints: Vec<_> = (0..3_000).map(|_| json!({"addresses": ["::1"]})).collect();
         let ports: Vec<_> =
@@ -552,6 +537,20 @@ mod tests {
             "{left_out}"
         );
         assert!(left_out.ends_with("and 997 more)") && left_out.len() < 300, "{left_out}");
+    }
+
+    #[test]
+    fn slices_that_are_another_ones_or_nobodys_are_ignored() {
+        let read = |label: Option<&str>| {
+            let mut labels = json!({"kubernetes.io/service-name": "s"});
+            label.into_iter().for_each(|label| labels[label] = "".into());
+            slice(json!({"metadata": {"name": "s-1", "namespace": "d", "labels": labels},
+                "addressType": "IPv4", "endpoints": [{"addresses": ["10.0.0.1"]}]}))
+        };
+        assert!(read(None).0.is_some());
+        for label in [HEADLESS, SERVICE_PROXY_NAME, SERVICE_NAME] {
+            assert_eq!(read(Some(label)), (None, vec![]), "{label}");
+        }
     }
 
     #[test]
