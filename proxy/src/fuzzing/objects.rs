@@ -2,8 +2,9 @@
 //! of them.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io::Write as _,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     process::{Command, Stdio},
 };
 
@@ -12,10 +13,14 @@ use keelson_api::object::ObjectKey;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::source::Source;
+use super::{
+    generate::{Case, Step},
+    reached::Reached,
+};
 use crate::{
-    DetectLocal, Mode, NodePortAddresses, Objects, Packet, Protocol, ProxyConfig, Snapshot,
-    backend::{Applied, Goal},
+    Mode, Objects, Origin, Packet, ProxyConfig, Snapshot, Verdict,
+    backend::{Applied, Backend, Goal},
+    iptables::Rules,
     model::{
         Family,
         objects::{Place, Service, Slice},
@@ -24,93 +29,18 @@ use crate::{
     },
     nftables::apply::Table,
     ruleset::{
-        Action, AddressSet, Unit,
+        Action, AddressSet, Frontend, Lane, Unit,
         desired::{Desired, ServiceRules},
     },
     start,
 };
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
-const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
-
-const ADDRESSES: [&str; 34] = [
-    "10.96.0.1",
-    "fd00:96::1",
-    "10.96.0.2",
-    "fd00:96::2",
-    "10.244.0.5",
-    "fd00:10::5",
-    "10.244.1.5",
-    "192.0.2.1",
-    "2001:db8::1",
-    "198.51.100.7",
-    "2001:db8:51::7",
-    "FD00:96::1",
-    "fd00:96:0:0::2",
-    "010.096.0.1",
-    "fd00:96::1%eth0",
-    "127.0.0.1",
-    "::1",
-    "169.254.169.254",
-    "fe80::1",
-    "224.0.0.1",
-    "ff02::1",
-    "0.0.0.0",
-    "::",
-    "::ffff:10.0.0.1",
-    "::10.0.0.1",
-    "255.255.255.255",
-    "240.0.0.1",
-    "None",
-    "",
-    " 10.0.0.1",
-    "10.0.0.1/32",
-    "not-an-address",
-    "1.2.3.4.5",
-    "例え",
+/// Clients outside the cluster.
+const CLIENTS: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(203, 0, 113, 99)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 0x99)),
 ];
-const RANGES: [&str; 14] = [
-    "192.0.2.0/25",
-    "2001:db8::/64",
-    "0.0.0.0/0",
-    "::/0",
-    "128.0.0.0/1",
-    "255.255.255.255/32",
-    "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128",
-    "0.0.0.0/32",
-    "::/128",
-    " 10.0.0.7/8 ",
-    "10.0.0.0/99",
-    "010.0.0.0/8",
-    "fe80::/10",
-    "x",
-];
-const NUMBERS: [i32; 12] =
-    [80, 443, 30_080, 30_081, 1, 0, -1, 65_535, 65_536, i32::MAX, i32::MIN, 8080];
-const NAMES: [&str; 14] = [
-    "web",
-    "dns",
-    "",
-    "a",
-    "\"; flush ruleset; \"",
-    "a b\n-A INPUT -j ACCEPT",
-    "it's",
-    "back\\slash",
-    "`reboot` $(reboot)",
-    "-j",
-    "tab\tand\u{0}zero",
-    "例え",
-    "KUBE-SVC-AAAAAAAAAAAAAAAA",
-    "a-name-that-is-longer-than-what-the-kernel-keeps-of-a-comment-a-name-that-is-longer-than-what-\
-     the-kernel-keeps-of-a-comment-a-name-that-is-longer-than-what-the-kernel-keeps-of-a-comment-\
-     a-name-that-is-longer-than-what-the-kernel-keeps-of-a-comment",
-];
-const SERVICES: [&str; 4] = ["a", "b", "c", "\"; flush ruleset; \""];
-const PROTOCOLS: [Option<&str>; 6] =
-    [Some("TCP"), Some("UDP"), Some("SCTP"), None, Some(""), Some("ICMP")];
-const KINDS: [&str; 6] = ["ClusterIP", "NodePort", "LoadBalancer", "ExternalName", "", "Other"];
-const POLICIES: [Option<&str>; 4] = [Some("Cluster"), Some("Local"), None, Some("Other")];
-const SLICE_FAMILIES: [&str; 4] = ["IPv4", "IPv6", "FQDN", ""];
 
 /// Makes rules of whatever objects the bytes become, and has kernel and programs take them. In the
 /// network namespace of the calling thread, whose rules are replaced.
@@ -118,171 +48,70 @@ const SLICE_FAMILIES: [&str; 4] = ["IPv4", "IPv6", "FQDN", ""];
 /// # Panics
 /// When something doesn't hold that must.
 pub fn objects_to_rules(data: &[u8]) {
-    let mut source = Source::new(data);
-    let config = config(&mut source);
-    let at_once = source.below(8);
-    let steps = source.several(12, object);
-    let ranges = [(); 2].map(|()| source.several(4, |source| source.pick(&RANGES)));
-    let (first, rest) = steps.split_at(at_once.min(steps.len()));
+    try_out(data);
+}
 
-    let mut world = World::new();
-    world.take_in_ranges(&ranges[0]);
+/// The same; what was reached.
+pub(super) fn try_out(data: &[u8]) -> Reached {
+    let Case { config, before, steps, restore } = Case::read(data);
+    let (first, rest) = steps.split_at(before.min(steps.len()));
+    let mut world = World::new(&config);
     first.iter().for_each(|step| drop(world.take_in(step)));
-    let mut tables = FAMILIES.map(|family| open(&config, family));
-    for table in &mut tables {
-        table.remove().expect("the table of the last input can be removed");
-        let applied = table.synchronize(&world.desired).expect("the kernel takes a table");
+    let mut backends = FAMILIES.map(|family| open(&config, family));
+    for backend in &mut backends {
+        backend.remove().expect("the rules of the last input can be removed");
+        let applied = backend.synchronize(world.goal()).expect("rules can be written");
         assert_taken(&applied);
     }
-    for n in 0..=rest.len() {
-        let dirty = match rest.get(n) {
-            Some(step) => world.take_in(step),
-            None => world.take_in_ranges(&ranges[1]),
-        };
-        for table in &mut tables {
-            let applied = table.apply(&dirty, &world.desired).expect("the kernel takes a change");
+    for step in rest {
+        let dirty = world.take_in(step);
+        for backend in &mut backends {
+            let applied = backend.apply(&dirty, world.goal()).expect("a change can be written");
             assert_taken(&applied);
             assert_eq!(applied.rebuilt, None, "a change of an object is a small one");
         }
     }
     let listed = run("nft", &["list", "ruleset"], "");
-    for family in ["ip", "ip6"] {
-        assert!(listed.contains(&format!("table {family} keelson-proxy {{")), "{listed}");
+    if config.mode == Mode::Nftables {
+        for family in ["ip", "ip6"] {
+            assert!(listed.contains(&format!("table {family} keelson-proxy {{")), "{listed}");
+        }
     }
+    // Another process knows nothing but the objects as they are now, and what is in force.
+    let fresh = world.again(&config);
     for family in FAMILIES {
-        let again = open(&config, family).synchronize(&world.desired);
-        let again = again.expect("the kernel's table can be read back");
-        assert_eq!((again.elements, again.rebuilt), (0, None), "a restart writes nothing");
+        let again = open(&config, family).synchronize(fresh.goal());
+        let again = again.expect("what is in force can be read back");
+        if (again.elements, &again.rebuilt) != (0, &None) {
+            let now = run("nft", &["list", "ruleset"], "");
+            panic!("a restart writes {}", difference(&listed, &now));
+        }
     }
-    check_plan(&config, &steps);
+    check_plan(&config, &world, restore);
+    world.reached
+}
+
+/// Lines that only one of two listings has.
+fn difference(before: &str, after: &str) -> String {
+    let (before, after): (BTreeSet<_>, BTreeSet<_>) =
+        (before.lines().collect(), after.lines().collect());
+    let gone = before.difference(&after).map(|line| format!("- {line}"));
+    let came = after.difference(&before).map(|line| format!("+ {line}"));
+    gone.chain(came).collect::<Vec<_>>().join("\n")
 }
 
 fn assert_taken(applied: &Applied) {
-    assert!(applied.refused.is_empty(), "the kernel refuses {:?}", applied.refused);
+    assert!(applied.refused.is_empty(), "refused: {:?}", applied.refused);
 }
 
-fn open(config: &ProxyConfig, family: Family) -> Table {
-    Table::open(start::layout(config, family)).expect("there are netfilter sockets")
-}
-
-/// What the proxy is told.
-fn config(source: &mut Source<'_>) -> ProxyConfig {
-    let ranges = |texts: &[&str]| texts.iter().filter_map(|text| text.parse().ok()).collect();
-    let detect_local = match source.below(5) {
-        0 => DetectLocal::Ranges(ranges(&["10.244.0.0/16", "fd00:10::/64"])),
-        1 => DetectLocal::Nothing,
-        2 => DetectLocal::Interface("cni0".into()),
-        3 => DetectLocal::InterfacePrefix("veth".into()),
-        _ => DetectLocal::Ranges(ranges(&["0.0.0.0/0", "10.244.0.0/16", "10.245.0.0/24"])),
-    };
-    let node_port_addresses = match source.below(3) {
-        0 => NodePortAddresses::Primary,
-        1 => NodePortAddresses::Ranges(ranges(&["0.0.0.0/0", "::/0"])),
-        _ => NodePortAddresses::Ranges(ranges(&["192.0.2.0/25", "2001:db8::/33", "127.0.0.0/8"])),
-    };
-    ProxyConfig {
-        node_ips: NODE.iter().filter_map(|text| text.parse().ok()).collect(),
-        detect_local,
-        node_port_addresses,
-        masquerade_all: source.flag(),
-        masquerade_bit: source.pick(&[14, 0, 31]),
-        ..ProxyConfig::new("here")
+fn open(config: &ProxyConfig, family: Family) -> Box<dyn Backend> {
+    if config.mode == Mode::Iptables {
+        let mut rules = Rules::open(start::settings(config, family)).expect("there is iptables");
+        rules.probe().expect("iptables takes every kind of rule");
+        return Box::new(rules);
     }
-}
-
-/// A step: an object as it is now, or, without a `spec` and without endpoints, one that is gone.
-fn object(source: &mut Source<'_>) -> Value {
-    match source.below(8) {
-        0..3 => service(source),
-        3..6 => slice(source),
-        6 => {
-            json!({"kind": "Service", "metadata": {"name": source.pick(&SERVICES), "namespace": "d"}})
-        }
-        _ => {
-            json!({"kind": "EndpointSlice", "addressType": "IPv4", "endpoints": [],
-                   "metadata": slice_metadata(source)})
-        }
-    }
-}
-
-fn addresses(source: &mut Source<'_>, most: usize) -> Vec<&'static str> {
-    source.several(most, |source| {
-        // Most are usable, or nothing would come of most inputs.
-        let end = if source.below(4) == 0 { ADDRESSES.len() } else { 11 };
-        ADDRESSES[source.below(end)]
-    })
-}
-
-fn service(source: &mut Source<'_>) -> Value {
-    let name = source.pick(&SERVICES);
-    let mut cluster = addresses(source, 3);
-    if cluster.is_empty() {
-        cluster = vec!["10.96.0.1", "fd00:96::1"];
-    }
-    let ports: Vec<Value> = source.several(4, |source| {
-        json!({"name": source.pick(&NAMES), "protocol": source.pick(&PROTOCOLS),
-               "port": number(source), "nodePort": number(source)})
-    });
-    let ingress: Vec<Value> = addresses(source, 3)
-        .into_iter()
-        .map(|ip| json!({"ip": ip, "ipMode": source.pick(&[Some("VIP"), None, Some("Proxy")])}))
-        .collect();
-    json!({
-        "kind": "Service",
-        "metadata": {
-            "name": name, "namespace": "d", "uid": name,
-            "creationTimestamp": format!("2026-01-01T00:00:0{}Z", source.below(3)),
-        },
-        "spec": {
-            "type": source.pick(&KINDS), "clusterIP": cluster[0], "clusterIPs": cluster,
-            "ipFamilies": source.several(2, |source| source.pick(&SLICE_FAMILIES)),
-            "externalIPs": addresses(source, 3), "ports": ports,
-            "internalTrafficPolicy": source.pick(&POLICIES),
-            "externalTrafficPolicy": source.pick(&POLICIES),
-            "sessionAffinity": source.pick(&["None", "ClientIP", ""]),
-            "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": number(source)}},
-            "loadBalancerSourceRanges": source.several(4, |source| source.pick(&RANGES)),
-            "healthCheckNodePort": number(source),
-            "publishNotReadyAddresses": source.flag(),
-        },
-        "status": {"loadBalancer": {"ingress": ingress}},
-    })
-}
-
-fn number(source: &mut Source<'_>) -> i32 {
-    if source.below(4) == 0 { source.pick(&NUMBERS) } else { NUMBERS[source.below(5)] }
-}
-
-fn slice_metadata(source: &mut Source<'_>) -> Value {
-    let service = source.pick(&SERVICES);
-    json!({"name": format!("{service}-{}", source.below(3)), "namespace": "d",
-           "labels": {"kubernetes.io/service-name": source.pick(&[service, service, "a", ""])}})
-}
-
-fn slice(source: &mut Source<'_>) -> Value {
-    let metadata = slice_metadata(source);
-    let ports = source.several(4, |source| {
-        json!({"name": source.pick(&NAMES), "protocol": source.pick(&PROTOCOLS),
-               "port": number(source)})
-    });
-    let flag = |source: &mut Source<'_>| source.pick(&[None, Some(true), Some(false)]);
-    let endpoints = source.several(12, |source| {
-        let zones = source.several(2, |source| json!({"name": source.pick(&["zone-a", "zone-b"])}));
-        let nodes = source.several(2, |source| json!({"name": source.pick(&["here", "there"])}));
-        json!({
-            "addresses": if source.below(4) == 0 {
-                addresses(source, 2).into_iter().map(str::to_owned).collect()
-            } else {
-                vec![format!("10.244.{}.{}", source.below(3), source.below(5))]
-            },
-            "nodeName": source.pick(&[None, Some("here"), Some("there")]),
-            "hints": {"forZones": zones, "forNodes": nodes},
-            "conditions": {"ready": flag(source), "serving": flag(source),
-                           "terminating": flag(source)},
-        })
-    });
-    json!({"kind": "EndpointSlice", "metadata": metadata, "ports": ports, "endpoints": endpoints,
-           "addressType": SLICE_FAMILIES[if source.below(4) == 0 { source.below(4) } else { 0 }]})
+    let table = Table::open(start::layout(config, family));
+    Box::new(table.expect("there are netfilter sockets"))
 }
 
 fn service_cidr(ranges: &[&str]) -> ServiceCIDR {
@@ -293,68 +122,172 @@ fn read<K: DeserializeOwned>(object: &Value) -> K {
     serde_json::from_value(object.clone()).expect("objects are made as the API's types are")
 }
 
-/// All objects, as the loop has them.
+/// All objects, and what the loop makes of them.
 struct World {
+    mode: Mode,
+    /// As the API has them, by kind and name.
+    there: BTreeMap<(String, String), Value>,
+    place: Place,
+    node: ServiceRules,
+    /// Those of Services, once somebody has told of them.
+    ranges: Option<Vec<&'static str>>,
     objects: ServiceTable,
     desired: Desired,
+    reached: Reached,
 }
 
 impl World {
-    fn new() -> Self {
-        let addresses = NODE.iter().filter_map(|text| text.parse::<IpAddr>().ok());
-        let node = ServiceRules {
-            addresses: addresses.map(|a| (AddressSet::NodeAddresses, a)).collect(),
-            ..ServiceRules::default()
+    fn new(config: &ProxyConfig) -> Self {
+        let mut world = Self {
+            mode: config.mode,
+            there: BTreeMap::new(),
+            place: Place { node: "here".into(), zone: Some("zone-a".into()) },
+            node: ServiceRules::default(),
+            ranges: None,
+            objects: ServiceTable::default(),
+            desired: Desired::default(),
+            reached: Reached::default(),
         };
-        let mut desired = Desired::default();
-        desired.replace(&ObjectKey::default(), Some(node));
-        Self { objects: ServiceTable::default(), desired }
+        let addresses = config.node_ips.iter();
+        world.node.addresses = addresses.map(|a| (AddressSet::NodeAddresses, *a)).collect();
+        world.desired.replace(&ObjectKey::default(), Some(world.node.clone()));
+        world
     }
 
-    /// Takes in all ranges of Services; what may have to be written.
-    fn take_in_ranges(&mut self, texts: &[&str]) -> Vec<Unit> {
-        let mut ranges = ServiceRanges::default();
-        let problems = ranges.set(&service_cidr(texts));
-        assert!(problems.iter().all(|problem| !problem.message.is_empty()));
-        self.desired.set_service_ranges(ranges.all()).dirty
+    fn goal(&self) -> Goal<'_> {
+        Goal { desired: &self.desired, objects: &self.objects }
     }
 
-    /// Takes in an object; what may have to be written.
-    fn take_in(&mut self, object: &Value) -> Vec<Unit> {
-        let name = object["metadata"]["name"].as_str().unwrap_or_default();
-        let key = ObjectKey::new("d", name);
-        let touched = if object["kind"] == "Service" {
-            let (service, problems) = Service::read(&read(object));
-            assert!(problems.iter().all(|problem| !problem.message.is_empty()));
-            self.objects.set_service(&key, service);
-            vec![key]
-        } else {
-            let place = Place { node: "here".into(), zone: Some("zone-a".into()) };
-            self.objects.set_slice(&key, Slice::read(&read(object), &place).0)
+    /// One that was told only of what there is now; both want the same.
+    fn again(&self, config: &ProxyConfig) -> Self {
+        let mut again = Self { place: self.place.clone(), ..Self::new(config) };
+        again.node = self.node.clone();
+        again.desired.replace(&ObjectKey::default(), Some(self.node.clone()));
+        if let Some(ranges) = self.ranges.clone() {
+            again.take_in(&Step::Ranges(ranges));
+        }
+        // The slices come first, and then in another order than they came in.
+        for object in self.there.values() {
+            again.take_in(&Step::Is(object.clone()));
+        }
+        let all = |world: &Self| world.desired.units().collect::<BTreeSet<_>>();
+        assert_eq!(all(self), all(&again), "how it came about doesn't matter");
+        for unit in all(self) {
+            let Unit::Frontend(frontend) = unit else { continue };
+            assert_eq!(self.desired.action(&frontend), again.desired.action(&frontend));
+            assert_eq!(self.desired.owner(&frontend), again.desired.owner(&frontend));
+        }
+        again
+    }
+
+    /// Takes in what is told; what may have to be written.
+    fn take_in(&mut self, step: &Step) -> Vec<Unit> {
+        let mut dirty: BTreeSet<Unit> = BTreeSet::new();
+        let touched = match step {
+            Step::Is(object) => {
+                let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+                let (kind, name) = (text(&object["kind"]), text(&object["metadata"]["name"]));
+                let touched = match &*kind {
+                    "Service" => self.set_service(&name, object),
+                    _ => self.set_slice(&name, object),
+                };
+                self.there.insert((kind, name), object.clone());
+                touched
+            }
+            Step::Gone(kind, name) => {
+                if self.there.remove(&((*kind).to_owned(), name.clone())).is_none() {
+                    return Vec::new();
+                }
+                let key = ObjectKey::new("d", name);
+                if *kind == "Service" {
+                    self.objects.set_service(&key, None);
+                    vec![key]
+                } else {
+                    self.reached.note("a slice gone");
+                    self.objects.set_slice(&key, None)
+                }
+            }
+            Step::Ranges(texts) => {
+                let mut ranges = ServiceRanges::default();
+                let problems = ranges.set(&service_cidr(texts));
+                assert!(problems.iter().all(|problem| !problem.message.is_empty()));
+                self.ranges = Some(texts.clone());
+                let outcome = self.desired.set_service_ranges(ranges.all());
+                if !outcome.dirty.is_empty() {
+                    self.reached.note("ranges of services");
+                }
+                dirty.extend(outcome.dirty);
+                Vec::new()
+            }
+            Step::Node(addresses, zone) => {
+                self.reached.note("a node that moved");
+                // Without an address of its own the loop keeps those that it knows.
+                let set = addresses.iter().map(|a| (AddressSet::NodeAddresses, *a)).collect();
+                self.node = ServiceRules { addresses: set, ..ServiceRules::default() };
+                let outcome = self.desired.replace(&ObjectKey::default(), Some(self.node.clone()));
+                dirty.extend(outcome.dirty);
+                self.place.zone = zone.map(str::to_owned);
+                let slices: Vec<_> =
+                    self.there.iter().map(|(k, o)| (k.clone(), o.clone())).collect();
+                slices
+                    .into_iter()
+                    .filter(|((kind, _), _)| kind == "EndpointSlice")
+                    .flat_map(|((_, name), object)| self.set_slice(&name, &object))
+                    .collect()
+            }
         };
-        let mut dirty = Vec::new();
         for key in touched {
             let rules = self.objects.rules(&key, &FAMILIES).map(|(rules, _)| rules);
-            dirty.extend(self.desired.replace(&key, rules).dirty);
+            let outcome = self.desired.replace(&key, rules);
+            self.reached.change(&outcome, &self.desired, self.mode);
+            dirty.extend(outcome.dirty);
         }
-        dirty.sort_unstable();
-        dirty.dedup();
-        dirty
+        self.reached.desired(&self.desired);
+        self.reached.choices(&self.objects, &FAMILIES);
+        dirty.into_iter().collect()
+    }
+
+    fn set_service(&mut self, name: &str, object: &Value) -> Vec<ObjectKey> {
+        let (service, problems) = Service::read(&read(object));
+        assert!(problems.iter().all(|problem| !problem.message.is_empty()));
+        self.reached.problems(&problems);
+        if service.is_none() {
+            self.reached.note("not served");
+        }
+        let key = ObjectKey::new("d", name);
+        self.objects.set_service(&key, service);
+        vec![key]
+    }
+
+    fn set_slice(&mut self, name: &str, object: &Value) -> Vec<ObjectKey> {
+        let (slice, problems) = Slice::read(&read(object), &self.place);
+        self.reached.problems(&problems);
+        let touched = self.objects.set_slice(&ObjectKey::new("d", name), slice);
+        if touched.len() > 1 {
+            self.reached.note("a slice of another service");
+        }
+        touched
     }
 }
 
 /// What must hold of every plan, whoever carries it out.
-fn check_plan(config: &ProxyConfig, steps: &[Value]) {
+fn check_plan(config: &ProxyConfig, world: &World, restore: bool) {
     let of_kind = |kind: &str| -> Vec<&Value> {
-        steps.iter().filter(|object| object["kind"] == kind).collect()
+        world.there.iter().filter(|((k, _), _)| k == kind).map(|(_, object)| object).collect()
     };
+    let node = json!({"metadata": {"name": "here",
+        "labels": world.place.zone.iter().map(|zone| ("topology.kubernetes.io/zone", zone))
+            .collect::<BTreeMap<_, _>>()}});
     let objects = Objects {
         services: of_kind("Service").into_iter().map(read).collect(),
         slices: of_kind("EndpointSlice").into_iter().map(read).collect(),
-        service_cidrs: vec![service_cidr(&RANGES)],
-        node: None,
+        service_cidrs: world.ranges.iter().map(|ranges| service_cidr(ranges)).collect(),
+        node: Some(read(&node)),
     };
-    let node: Vec<IpAddr> = NODE.iter().filter_map(|text| text.parse().ok()).collect();
+    let config = ProxyConfig {
+        node_ips: world.node.addresses.iter().map(|(_, address)| *address).collect(),
+        ..config.clone()
+    };
     for mode in [Mode::Nftables, Mode::Iptables, Mode::Userspace] {
         let (snapshot, _) = Snapshot::new(ProxyConfig { mode, ..config.clone() }, &objects);
         for unit in snapshot.desired.units() {
@@ -374,23 +307,37 @@ fn check_plan(config: &ProxyConfig, steps: &[Value]) {
                     assert!(!endpoint.address.is_loopback() && !endpoint.address.is_multicast());
                 }
             }
-            // The question that leads here has an answer.
-            let packet = Packet {
-                from: IpAddr::from([10, 244, 0, 9]),
-                from_pod_here: true,
-                to: frontend.address.unwrap_or(node[0]),
-                port: frontend.port,
-                protocol: Protocol::Tcp,
-            };
-            assert!(snapshot.explain(&packet).to_string().contains("verdict"));
+            explanation_fits(&snapshot, frontend);
         }
         let text = snapshot.rules();
         // A port's name may stand in a comment, but never ends a line or its quotes.
         assert!(!text.contains("\n-A INPUT -j ACCEPT"), "{text}");
         assert!(!text.contains("\"; flush ruleset"), "{text}");
-        if mode == Mode::Iptables {
+        if mode == Mode::Iptables && restore {
             iptables_takes(&snapshot);
         }
+    }
+}
+
+/// The question that leads to a frontend has an answer that tells of the same endpoints.
+fn explanation_fits(snapshot: &Snapshot, frontend: Frontend) {
+    let node = snapshot.node_addresses().iter().find(|a| Family::of(**a) == frontend.family);
+    let Some(to) = frontend.address.or(node.copied()) else { return };
+    let from = match frontend.family {
+        Family::V4 => CLIENTS[0],
+        Family::V6 => CLIENTS[1],
+    };
+    let Frontend { protocol, port, .. } = frontend;
+    let packet = Packet { from, from_pod_here: false, to, port, protocol };
+    let answer = snapshot.explain(&packet);
+    assert!(answer.to_string().contains("verdict"));
+    let Some(Action::Forward { endpoints, .. }) = snapshot.desired.action(&frontend) else {
+        return;
+    };
+    let eligible = answer.endpoints.iter().filter(|candidate| candidate.eligible).count();
+    let asked = answer.origin == Origin::Outside && frontend.lane == Lane::Address;
+    if asked && answer.verdict == Verdict::Forwarded {
+        assert_eq!(eligible, endpoints.len(), "{answer}");
     }
 }
 
