@@ -1,6 +1,9 @@
 //! From objects to a backend, one change at a time and without the loop, in a host's namespace.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex},
+};
 
 use keelson_api::object::ObjectKey;
 use serde_json::Value;
@@ -45,6 +48,29 @@ fn open(config: &ProxyConfig, family: Family, variant: Variant) -> Box<dyn Backe
     chosen.backends.remove(0)
 }
 
+/// What a proxy knows of its node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Node {
+    /// Those of its object.
+    pub(super) addresses: Vec<IpAddr>,
+    pub(super) place: Place,
+}
+
+impl Node {
+    /// Where tests begin.
+    pub(super) fn usual(family: Family) -> Self {
+        Self { addresses: vec![Addresses(family).node()], place: place() }
+    }
+
+    fn rules(&self) -> ServiceRules {
+        let addresses = self.addresses.iter();
+        ServiceRules {
+            addresses: addresses.map(|a| (AddressSet::NodeAddresses, *a)).collect(),
+            ..ServiceRules::default()
+        }
+    }
+}
+
 struct State {
     objects: ServiceTable,
     desired: Desired,
@@ -52,6 +78,7 @@ struct State {
     stale: Tracker,
     family: Family,
     ranges: ServiceRanges,
+    place: Place,
 }
 
 /// Everything between objects and packets, but for the loop.
@@ -76,6 +103,16 @@ impl<'a> Proxy<'a> {
         config: &ProxyConfig,
         family: Family,
     ) -> Self {
+        Self::start_at(variant, host, config, family, &Node::usual(family))
+    }
+
+    fn start_at(
+        variant: Variant,
+        host: &'a Namespace,
+        config: &ProxyConfig,
+        family: Family,
+        node: &Node,
+    ) -> Self {
         let runtime = host.run(|| {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()
         });
@@ -86,11 +123,7 @@ impl<'a> Proxy<'a> {
             open(&opened, family, variant)
         });
         let mut desired = Desired::default();
-        let node = ServiceRules {
-            addresses: vec![(AddressSet::NodeAddresses, Addresses(family).node())],
-            ..ServiceRules::default()
-        };
-        desired.replace(&ObjectKey::default(), Some(node));
+        desired.replace(&ObjectKey::default(), Some(node.rules()));
         let state = State {
             objects: ServiceTable::default(),
             desired,
@@ -98,6 +131,7 @@ impl<'a> Proxy<'a> {
             stale: Tracker::default(),
             family,
             ranges: ServiceRanges::default(),
+            place: node.place.clone(),
         };
         let state = Arc::new(Mutex::new(state));
         Self { host, config: config.clone(), family, state, runtime }
@@ -108,9 +142,10 @@ impl<'a> Proxy<'a> {
         host: &'a Namespace,
         config: &ProxyConfig,
         family: Family,
+        node: &Node,
         objects: Vec<Value>,
     ) -> (Self, Applied) {
-        let proxy = Self::start(host, config, family);
+        let proxy = Self::start_at(Variant::Host, host, config, family, node);
         proxy.with(move |state| {
             for object in objects {
                 if object["kind"] == "ServiceCIDR" {
@@ -191,6 +226,16 @@ impl<'a> Proxy<'a> {
         })
     }
 
+    /// Takes in what the node's object says. If it is in another zone, its slices have to be read
+    /// again by whoever keeps them.
+    pub(super) fn set_node(&self, node: Node) -> Applied {
+        self.with(move |state| {
+            let outcome = state.desired.replace(&ObjectKey::default(), Some(node.rules()));
+            state.place = node.place;
+            state.write(&outcome.dirty)
+        })
+    }
+
     /// Compares all with what is in force.
     pub(super) fn synchronize(&self) -> Applied {
         self.with(|state| {
@@ -217,7 +262,7 @@ impl State {
             (vec![key], problems)
         } else {
             let object = serde_json::from_value(object).unwrap();
-            let (slice, problems) = Slice::read(&object, &place());
+            let (slice, problems) = Slice::read(&object, &self.place);
             (self.objects.set_slice(&key, slice), problems)
         }
     }

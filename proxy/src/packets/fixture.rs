@@ -15,7 +15,7 @@ use crate::{
     Mode,
     model::{Family, Protocol},
     netns::Namespace,
-    until::PATIENCE,
+    until::{PATIENCE, until},
 };
 
 /// After so long without an answer there is none. TCP's own second try comes after a second.
@@ -184,6 +184,11 @@ impl Net {
         }
         ip(&client, &on_client);
         ip(&host, &on_host);
+        until("the node knows its own addresses", || {
+            let local = host.sh("ip -6 route show table local");
+            let known = |address: IpAddr| local.contains(&format!("local {address} "));
+            Addresses(Family::V6).nodes().all(known)
+        });
         for a in both {
             host.run(move || serve(ON_NODE, a.node(), with_sctp));
         }

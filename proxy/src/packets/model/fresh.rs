@@ -56,7 +56,7 @@ fn nftables(table: &Table) -> BTreeSet<String> {
         lines.extend(elements.iter().map(|(key, value)| format!("{name} {key}: {value}")));
     }
     let chains = table.chains.iter().filter(|(name, _)| in_use(name));
-    lines.extend(chains.map(|(name, chain)| format!("chain {name}: {:?}", chain.rules)));
+    lines.extend(chains.map(|(name, chain)| format!("chain {name}: {chain:?}")));
     lines
 }
 
@@ -69,18 +69,20 @@ fn iptables(host: &Namespace, family: Family) -> BTreeSet<String> {
         if let Some(name) = line.strip_prefix('*') {
             table = name.to_owned();
         }
-        // Without counters, and with its place where that matters.
+        // Without counters, and with its place where that matters: in its chain, or among its like.
         let line = line.split(" [").next().unwrap();
         let mut place = 0;
         if let Some(rule) = line.strip_prefix("-A ") {
             let chain = rule.split(' ').next().unwrap();
-            let next = places.entry(format!("{table} {chain}")).or_default();
-            *next += 1;
-            place = if SHARED.contains(&chain) && !line.contains("must be the last") {
-                0
-            } else {
-                *next
+            let mut next = |among: &str| {
+                let place = places.entry(format!("{table} {among}")).or_default();
+                *place += 1;
+                *place
             };
+            place = next(chain);
+            if SHARED.contains(&chain) && !line.contains("must be the last") {
+                place = next(line);
+            }
         }
         lines.insert(format!("{table} {place} {line}"));
     }

@@ -9,7 +9,8 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`world`] | Services and slices as the steps leave them, and as the API has them |
+//! | [`world`] | Services, slices and the node as the steps leave them, and as the API has them |
+//! | [`oddities`] | what may be wrong in them, or only looks so |
 //! | [`reference`] | what comes of each connection, slow and obvious, from the documentation |
 //! | [`steps`] | which changes there are |
 //! | [`packet`] | a packet on its way through rules, and what may come of it |
@@ -21,6 +22,7 @@ mod fresh;
 mod iptables;
 mod model_test;
 mod nftables;
+mod oddities;
 mod packet;
 mod reference;
 mod steps;

@@ -140,12 +140,19 @@ impl<'a> Run<'a> {
                 proxy.remove("EndpointSlice", &Slice::name(*id));
             }
             Change::Ranges(ranges) => drop(proxy.set(ranges.object(self.family))),
+            Change::Node(here) => {
+                proxy.set_node(here.node(self.family));
+                for (id, slice) in &self.world.slices {
+                    proxy.take_in(slice.object(*id, self.family));
+                }
+            }
             Change::Restart => {
                 let objects = self.world.objects(self.family);
                 let host = &self.net.host;
+                let node = self.world.here.node(self.family);
                 self.proxy = None;
                 let (proxy, applied) =
-                    Proxy::knowing(host, &config(self.mode), self.family, objects);
+                    Proxy::knowing(host, &config(self.mode), self.family, &node, objects);
                 self.proxy = Some(proxy);
                 if self.mode != Mode::Userspace
                     && (applied.elements, &applied.rebuilt) != (0, &None)
@@ -173,7 +180,7 @@ impl<'a> Run<'a> {
             Mode::Userspace => return Ok(()),
         };
         for (from, to, protocol) in self.questions() {
-            let (outcome, socket) = (self.world.outcome(from, to), self.socket(to));
+            let (outcome, socket) = (self.outcome(from, to), self.socket(to));
             let found = rules.fates(from, protocol, socket);
             let expected = self.fates(from, to, &outcome);
             // Which of its addresses the node uses is its own choice.
@@ -198,7 +205,8 @@ impl<'a> Run<'a> {
         let (pairs, seen) = match outcome {
             Ok(found) => found,
             Err(expect) => {
-                let nobody = self.world.owner(to).is_none();
+                let nobody =
+                    self.world.owner(to).is_none() && self.kept_from_everywhere(to).is_none();
                 return [match expect {
                     // The node refuses by itself.
                     Expect::Refused if nobody => Fate::Untouched,
@@ -291,8 +299,18 @@ impl<'a> Run<'a> {
             }
             // Only that mode knows ranges.
             Err(Expect::Unclaimed(_)) if self.mode != Mode::Nftables => Err(Expect::PassesBy),
+            Err(Expect::Refused) => Err(self.kept_from_everywhere(to).unwrap_or(Expect::Refused)),
             other => other,
         }
+    }
+
+    /// As with kube-proxy, iptables' rules against node ports without endpoints count at every
+    /// address of the node, whichever have node ports.
+    fn kept_from_everywhere(&self, to: To) -> Option<Expect> {
+        if self.mode != Mode::Iptables || !to.is_node_port() || self.world.owner(to).is_some() {
+            return None;
+        }
+        self.world.at_any_address(to)?.err()
     }
 
     fn agrees(&self, outcome: &Outcome, answer: Answer, from: From, protocol: Protocol) -> bool {
@@ -351,7 +369,8 @@ impl<'a> Run<'a> {
     fn a_fresh_start_is_the_same(&self) -> Result<(), String> {
         let host = empty_node(self.family);
         let objects = self.world.objects(self.family);
-        let _fresh = Proxy::knowing(&host, &config(self.mode), self.family, objects);
+        let node = self.world.here.node(self.family);
+        let _fresh = Proxy::knowing(&host, &config(self.mode), self.family, &node, objects);
         let expected = in_force(&host, self.mode, self.family);
         let deadline = Instant::now() + PATIENCE;
         loop {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::world::{Families, Kind, Point, Ranges, Spec, To, World};
+use super::world::{Families, Here, Kind, Point, Ranges, Spec, To, World};
 use crate::packets::{
     features::{Expect, Seen},
     fixture::From,
@@ -27,11 +27,11 @@ struct Known {
 }
 
 impl Known {
-    fn of(point: &Point) -> Self {
+    fn of(point: &Point, seen_from: Here) -> Self {
         // "A nil value should be interpreted as true" for ready; for serving "the consumer should
         // defer to ready"; for terminating it is false.
         let (ready, serving, terminating) = point.state.unwrap_or((true, true, false));
-        let Point { zone, node, .. } = *point;
+        let (zone, node) = (point.zone.map(|zone| seen_from.zone == Some(zone)), point.node);
         Self { ready, draining: (serving, terminating), here: point.here(), zone, node }
     }
 
@@ -60,7 +60,7 @@ impl World {
         for slice in slices {
             let Some(number) = slice.ports[usize::from(name)] else { continue };
             for point in &slice.points {
-                let known = Known::of(point);
+                let known = Known::of(point, self.here);
                 all.entry((point.pod, number))
                     .and_modify(|before: &mut Known| *before = before.and(known))
                     .or_insert(known);
@@ -112,7 +112,12 @@ impl World {
             To::Cluster(n, _) => s.cluster == n,
             To::Balancer(k, _) => s.kind == Kind::LoadBalancer && !s.proxied && s.claim == k,
             To::External(k, _) => s.external_ip && s.claim == k,
-            To::NodePort(k, _) => s.has_node_ports() && s.claim == k,
+            To::NodePort(k, _) => {
+                self.here.usual == Some(true) && s.has_node_ports() && s.claim == k
+            }
+            To::NodePortElsewhere(k, _) => {
+                self.here.usual == Some(false) && s.has_node_ports() && s.claim == k
+            }
         })
     }
 
@@ -125,6 +130,17 @@ impl World {
         with_port.min_by_key(|(spec, n, _)| (spec.created, *n))
     }
 
+    /// What clients outside meet at a node port if every address of the node has it.
+    pub(super) fn at_any_address(&self, to: To) -> Option<Outcome> {
+        let to = match to {
+            To::NodePortElsewhere(k, p) => To::NodePort(k, p),
+            other => other,
+        };
+        let mut there = self.clone();
+        there.here.usual = Some(true);
+        there.owner(to).map(|_| there.outcome(From::Client(1), to))
+    }
+
     /// Whether the address, whatever the port, is one of a Service.
     pub(super) fn knows_address(&self, to: To) -> bool {
         self.claimants(to).next().is_some()
@@ -135,7 +151,7 @@ impl World {
         let Some((spec, service, name)) = self.owner(to) else {
             return Err(match to {
                 // The node itself answers for ports of its own that nobody has.
-                To::NodePort(..) => Expect::Refused,
+                To::NodePort(..) | To::NodePortElsewhere(..) => Expect::Refused,
                 To::Cluster(..) if self.knows_address(to) => Expect::UnusedPort,
                 _ if self.ranges.have(to) => Expect::Unclaimed(&[]),
                 _ => Expect::PassesBy,
@@ -161,6 +177,7 @@ impl World {
             Ranges::Anybody => true,
             Ranges::Some => matches!(from, From::Client(1) | From::Pod(3)),
             Ranges::OtherFamily => false,
+            Ranges::Odd => matches!(from, From::Client(_)),
         };
         if matches!(to, To::Balancer(..)) && !admitted {
             return Err(Expect::NotAdmitted);
@@ -177,8 +194,8 @@ fn draining(known: &BTreeMap<Pair, Known>, among: fn(&Known) -> bool) -> BTreeSe
 impl To {
     fn port(self) -> u8 {
         match self {
-            Self::Cluster(_, p) | Self::Balancer(_, p) => p,
-            Self::External(_, p) | Self::NodePort(_, p) => p,
+            Self::Cluster(_, p) | Self::Balancer(_, p) | Self::External(_, p) => p,
+            Self::NodePort(_, p) | Self::NodePortElsewhere(_, p) => p,
         }
     }
 }

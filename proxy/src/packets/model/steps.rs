@@ -2,7 +2,10 @@
 
 use proptest::prelude::*;
 
-use super::world::{CLAIMS, Families, Kind, Point, Ranges, ServiceRanges, Slice, Spec, World};
+use super::{
+    oddities::{Oddity, Stray},
+    world::{CLAIMS, Families, Here, Kind, Point, Ranges, ServiceRanges, Slice, Spec, World},
+};
 use crate::packets::fixture::PODS;
 
 /// How many Services there are at the most, and how many cluster addresses they share.
@@ -31,6 +34,8 @@ pub(super) enum Step {
     RemoveSlice(u8),
     /// Where Services' addresses come from.
     Ranges(ServiceRanges),
+    /// The node's address or zone changes.
+    Node(Here),
     /// The proxy is started again.
     Restart,
     /// Another program edits the rules.
@@ -53,6 +58,7 @@ pub(super) enum Field {
     Affinity,
     Ranges,
     HealthCheck,
+    Oddity,
 }
 
 /// One change that a proxy sees.
@@ -61,6 +67,7 @@ pub(super) enum Change {
     Service(u8, Option<Spec>),
     Slice(u8, Option<Slice>),
     Ranges(ServiceRanges),
+    Node(Here),
     Restart,
     Edit(usize),
 }
@@ -101,6 +108,7 @@ impl Step {
             }
             Self::RemoveSlice(id) => vec![Change::Slice(id, None)],
             Self::Ranges(ranges) => vec![Change::Ranges(ranges)],
+            Self::Node(here) => vec![Change::Node(here)],
             Self::Restart => vec![Change::Restart],
             Self::Edit(which) => vec![Change::Edit(which)],
         }
@@ -124,6 +132,7 @@ fn tweaked(mut spec: Spec, field: Field, other: Spec) -> Spec {
         Field::Affinity => spec.affinity = other.affinity,
         Field::Ranges => spec.ranges = other.ranges,
         Field::HealthCheck => spec.health_check = other.health_check,
+        Field::Oddity => spec.oddity = other.oddity,
     }
     spec
 }
@@ -137,6 +146,7 @@ impl World {
             Change::Slice(id, Some(slice)) => drop(self.slices.insert(id, slice)),
             Change::Slice(id, None) => drop(self.slices.remove(&id)),
             Change::Ranges(ranges) => self.ranges = ranges,
+            Change::Node(here) => self.here = here,
             Change::Restart | Change::Edit(_) => {}
         }
     }
@@ -156,6 +166,7 @@ pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
             .prop_map(|(from, to, doubled)| Step::Move { from, to, doubled }),
         1 => id.prop_map(Step::RemoveSlice),
         1 => service_ranges().prop_map(Step::Ranges),
+        2 => here().prop_map(Step::Node),
         1 => Just(Step::Restart),
         1 => (0usize..100).prop_map(Step::Edit),
     ];
@@ -188,7 +199,14 @@ fn field() -> impl Strategy<Value = Field> {
         Field::Affinity,
         Field::Ranges,
         Field::HealthCheck,
+        Field::Oddity,
     ])
+}
+
+fn here() -> impl Strategy<Value = Here> {
+    let usual = prop_oneof![3 => Just(Some(true)), 3 => Just(Some(false)), 1 => Just(None)];
+    let zone = prop_oneof![2 => Just(Some(0)), 2 => Just(Some(1)), 1 => Just(None)];
+    (usual, zone).prop_map(|(usual, zone)| Here { usual, zone })
 }
 
 fn spec() -> impl Strategy<Value = Spec> {
@@ -211,11 +229,21 @@ fn spec() -> impl Strategy<Value = Spec> {
     ];
     let affinity = prop_oneof![3 => Just(None), 1 => Just(Some(1)), 2 => Just(Some(1000)), 1 => Just(Some(10_800))];
     let ranges = prop_oneof![
-        3 => Just(Ranges::Anybody), 2 => Just(Ranges::Some), 1 => Just(Ranges::OtherFamily)
+        4 => Just(Ranges::Anybody), 2 => Just(Ranges::Some), 1 => Just(Ranges::OtherFamily),
+        1 => Just(Ranges::Odd),
     ];
     let health_check = prop_oneof![Just(None), (32_100..32_102u16).prop_map(Some)];
     let numbers = (1..=SERVICES, 0..CLAIMS, 0u8..3, health_check);
-    let flags = (flag(), flag(), flag(), flag());
+    let oddity = prop_oneof![
+        6 => Just(Oddity::None),
+        1 => Just(Oddity::FamiliesLie),
+        1 => Just(Oddity::SecondAddress),
+        1 => Just(Oddity::BadAddresses),
+        1 => Just(Oddity::TwinPorts),
+        1 => Just(Oddity::BadPorts),
+        1 => Just(Oddity::Spelled),
+    ];
+    let flags = (flag(), flag(), flag(), flag(), oddity);
     let rare = (proptest::bool::weighted(0.2), proptest::bool::weighted(0.2));
     (kind, families, numbers, ports, affinity, ranges, flags, rare).prop_map(
         |(
@@ -243,6 +271,7 @@ fn spec() -> impl Strategy<Value = Spec> {
             ranges,
             health_check,
             publish_not_ready: flags.3,
+            oddity: flags.4,
         },
     )
 }
@@ -259,12 +288,22 @@ fn slice() -> impl Strategy<Value = Slice> {
     let number = || prop_oneof![3 => Just(Some(8080)), 1 => Just(Some(9090)), 1 => Just(None)];
     let points = proptest::collection::vec(point(), 0..5);
     let rare = || proptest::bool::weighted(0.1);
-    (1..=SERVICES, rare(), (number(), number()), rare(), points).prop_map(
-        |(service, other_family, ports, stray, points)| Slice {
+    let stray = proptest::sample::select(vec![
+        Stray::OtherFamily,
+        Stray::Loopback,
+        Stray::LinkLocal,
+        Stray::Multicast,
+        Stray::Unspecified,
+        Stray::Misspelled,
+    ]);
+    let stray = proptest::option::weighted(0.3, stray);
+    (1..=SERVICES, rare(), (number(), number()), (stray, rare()), points).prop_map(
+        |(service, other_family, ports, (stray, spelled), points)| Slice {
             service,
             other_family,
             ports: ports.into(),
             stray,
+            spelled,
             points,
         },
     )
@@ -280,7 +319,8 @@ fn point() -> impl Strategy<Value = Point> {
         // As with `publishNotReadyAddresses`.
         1 => Just(Some((true, true, true))),
     ];
-    let hint = || prop_oneof![2 => Just(None), 2 => Just(Some(true)), 1 => Just(Some(false))];
-    (1..=PODS, state, proptest::bool::weighted(0.9), hint(), hint())
+    let zone = prop_oneof![2 => Just(None), 2 => Just(Some(0)), 1 => Just(Some(1))];
+    let node = prop_oneof![2 => Just(None), 2 => Just(Some(true)), 1 => Just(Some(false))];
+    (1..=PODS, state, proptest::bool::weighted(0.9), zone, node)
         .prop_map(|(pod, state, placed, zone, node)| Point { pod, state, placed, zone, node })
 }

@@ -7,9 +7,14 @@ use std::{
 
 use serde_json::{Value, json};
 
+use super::oddities::{Oddity, Stray, misspelled, text};
 use crate::{
-    model::Family,
-    packets::{features::Own, fixture::Addresses},
+    model::{Family, objects::Place},
+    packets::{
+        backends::{Node, place},
+        features::Own,
+        fixture::Addresses,
+    },
 };
 
 /// What Services quarrel about: addresses and node ports have numbers from 0 on.
@@ -46,6 +51,41 @@ pub(super) enum Ranges {
     Some,
     /// Ranges of the other family only.
     OtherFamily,
+    /// The clients' network, by an address in it, one of them once more, and what is no range.
+    Odd,
+}
+
+/// The zones that nodes and hints are of.
+pub(super) const ZONES: [&str; 2] = ["zone-a", "zone-b"];
+
+/// What the node's object says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Here {
+    /// Whether the address of this family is the usual one or the other; `None` if it has none.
+    pub(super) usual: Option<bool>,
+    /// Which of [`ZONES`] it is in, if any.
+    pub(super) zone: Option<u8>,
+}
+
+impl Here {
+    /// For a proxy.
+    pub(super) fn node(self, family: Family) -> Node {
+        let addresses = Addresses(family);
+        let of_family =
+            self.usual.map(|usual| if usual { addresses.node() } else { addresses.node_other() });
+        let others = Addresses(other(family)).node();
+        let zone = self.zone.map(|zone| ZONES[usize::from(zone)].to_owned());
+        Node {
+            addresses: of_family.into_iter().chain([others]).collect(),
+            place: Place { zone, ..place() },
+        }
+    }
+}
+
+impl Default for Here {
+    fn default() -> Self {
+        Self { usual: Some(true), zone: Some(0) }
+    }
 }
 
 /// A Service.
@@ -73,6 +113,7 @@ pub(super) struct Spec {
     /// `healthCheckNodePort`, if any.
     pub(super) health_check: Option<u16>,
     pub(super) publish_not_ready: bool,
+    pub(super) oddity: Oddity,
 }
 
 /// A slice.
@@ -83,8 +124,10 @@ pub(super) struct Slice {
     pub(super) other_family: bool,
     /// The numbers of named ports.
     pub(super) ports: [Option<u16>; 2],
-    /// Whether there is an address of the wrong family in it too.
-    pub(super) stray: bool,
+    /// What is in it too.
+    pub(super) stray: Option<Stray>,
+    /// Whether its addresses are written in another way.
+    pub(super) spelled: bool,
     pub(super) points: Vec<Point>,
 }
 
@@ -96,8 +139,9 @@ pub(super) struct Point {
     pub(super) state: Option<(bool, bool, bool)>,
     /// Whether it is said on which node it is.
     pub(super) placed: bool,
-    /// Hints: for this zone or node, for another one, or none.
-    pub(super) zone: Option<bool>,
+    /// Hints: for which of [`ZONES`].
+    pub(super) zone: Option<u8>,
+    /// For this node or another one.
     pub(super) node: Option<bool>,
 }
 
@@ -108,14 +152,17 @@ pub(super) enum To {
     Balancer(u8, u8),
     External(u8, u8),
     NodePort(u8, u8),
+    /// The same port at the node's other address.
+    NodePortElsewhere(u8, u8),
 }
 
 /// Everything there is.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct World {
     pub(super) services: BTreeMap<u8, Spec>,
     pub(super) slices: BTreeMap<u8, Slice>,
     pub(super) ranges: ServiceRanges,
+    pub(super) here: Here,
 }
 
 /// The ServiceCIDR: ranges of addresses that Services may have, or may have had.
@@ -135,7 +182,7 @@ impl ServiceRanges {
         match to {
             To::Cluster(n, _) => self.clusters || self.some_clusters && (2..=3).contains(&n),
             To::Balancer(..) | To::External(..) => self.external,
-            To::NodePort(..) => false,
+            To::NodePort(..) | To::NodePortElsewhere(..) => false,
         }
     }
 
@@ -162,12 +209,18 @@ impl World {
 }
 
 impl To {
+    /// Whether it is a node port.
+    pub(super) fn is_node_port(self) -> bool {
+        matches!(self, Self::NodePort(..) | Self::NodePortElsewhere(..))
+    }
+
     /// All there are, with these many cluster addresses.
     pub(super) fn all(clusters: u8) -> impl Iterator<Item = Self> {
         (0..2).flat_map(move |port| {
             let cluster = (1..=clusters).map(move |n| Self::Cluster(n, port));
             cluster.chain((0..CLAIMS).flat_map(move |k| {
-                [Self::Balancer(k, port), Self::External(k, port), Self::NodePort(k, port)]
+                let node_ports = [Self::NodePort(k, port), Self::NodePortElsewhere(k, port)];
+                [Self::Balancer(k, port), Self::External(k, port)].into_iter().chain(node_ports)
             }))
         })
     }
@@ -181,6 +234,7 @@ impl To {
             Self::Balancer(k, p) => (own(CLAIMED + k).balancer(), port(p)).into(),
             Self::External(k, p) => (own(CLAIMED + k).external(), port(p)).into(),
             Self::NodePort(k, p) => (addresses.node(), node_port(k, p)).into(),
+            Self::NodePortElsewhere(k, p) => (addresses.node_other(), node_port(k, p)).into(),
         }
     }
 }
@@ -189,7 +243,8 @@ fn node_port(claim: u8, port: u8) -> u16 {
     30_000 + u16::from(CLAIMED + claim + 10 * port)
 }
 
-fn other(family: Family) -> Family {
+/// The other family.
+pub(super) fn other(family: Family) -> Family {
     if family == Family::V4 { Family::V6 } else { Family::V4 }
 }
 
@@ -215,6 +270,7 @@ impl Spec {
         ranges: Ranges::Anybody,
         health_check: None,
         publish_not_ready: false,
+        oddity: Oddity::None,
     };
 
     /// As the API has it.
@@ -222,13 +278,26 @@ impl Spec {
         let (this, others) = (Addresses(family), Addresses(other(family)));
         let claimed = Own { addresses: this, n: CLAIMED + self.claim };
         let cluster = |addresses| Own { addresses, n: self.cluster }.cluster();
-        let addresses: Vec<IpAddr> = match self.families {
+        let mut addresses: Vec<IpAddr> = match self.families {
             Families::This => vec![cluster(this)],
             Families::Both => vec![cluster(this), cluster(others)],
             Families::Other => vec![cluster(others)],
         };
-        let families: Vec<Family> = addresses.iter().map(|a| Family::of(*a)).collect();
+        let mut families: Vec<Family> = addresses.iter().map(|a| Family::of(*a)).collect();
+        match self.oddity {
+            Oddity::FamiliesLie => families.iter_mut().for_each(|family| *family = other(*family)),
+            Oddity::SecondAddress => {
+                let second = |a: &IpAddr| {
+                    Own { addresses: Addresses(Family::of(*a)), n: self.cluster % 3 + 1 }.cluster()
+                };
+                let second: Vec<IpAddr> = addresses.iter().map(second).collect();
+                addresses.extend(second);
+            }
+            _ => {}
+        }
         let families: Vec<&str> = families.iter().map(|family| family.as_str()).collect();
+        let spelled = self.oddity == Oddity::Spelled;
+        let addresses: Vec<String> = addresses.into_iter().map(|a| text(a, spelled)).collect();
         let policy = |local| if local { "Local" } else { "Cluster" };
         let mut spec = json!({"type": self.kind.as_str(), "ports": self.ports(),
             "internalTrafficPolicy": policy(self.internal_local),
@@ -254,20 +323,32 @@ impl Spec {
             spec["healthCheckNodePort"] = port.into();
         }
         if self.external_ip {
-            spec["externalIPs"] = json!([claimed.external()]);
+            spec["externalIPs"] = json!([text(claimed.external(), spelled)]);
+        }
+        let mut ingress = vec![json!({"ip": text(claimed.balancer(), spelled),
+            "ipMode": if self.proxied { "Proxy" } else { "VIP" }})];
+        if self.oddity == Oddity::BadAddresses {
+            let bad = [this.loopback().to_string(), misspelled(this.external(1)), "x".to_owned()];
+            let listed = spec["externalIPs"].as_array().cloned().unwrap_or_default();
+            spec["externalIPs"] = bad.iter().map(|text| json!(text)).chain(listed).collect();
+            ingress.extend(bad.map(|text| json!({"ip": text})));
         }
         let admitted = match self.ranges {
             Ranges::Anybody => vec![],
             Ranges::Some => [this.client(1), this.pod(3)].map(|a| this.only(a)).into(),
             Ranges::OtherFamily => vec![others.only(others.client(1))],
+            Ranges::Odd => {
+                let host = this.client(1);
+                let (all, v4) = (if host.is_ipv4() { "/24" } else { "/64" }, "010.0.0.0/8");
+                vec![format!(" {host}{all} "), "x".to_owned(), v4.to_owned(), this.only(host)]
+            }
         };
         spec["loadBalancerSourceRanges"] = json!(admitted);
         spec["allocateLoadBalancerNodePorts"] = (!self.unallocated).into();
-        let mode = if self.proxied { "Proxy" } else { "VIP" };
         let mut object = json!({"kind": "Service", "metadata": {"name": n.to_string(),
                 "namespace": "d", "creationTimestamp": format!("2026-01-01T00:00:0{}Z", self.created)},
             "spec": spec, "status": {"loadBalancer":
-                {"ingress": [{"ip": claimed.balancer(), "ipMode": mode}]}}});
+                {"ingress": ingress}}});
         if self.kind == Kind::OtherProxy {
             object["metadata"]["labels"] =
                 json!({"service.kubernetes.io/service-proxy-name": "other"});
@@ -279,7 +360,7 @@ impl Spec {
         let has = |port: usize| self.ports[port].map(|name| (port, name));
         let ports = [0, 1].into_iter().filter_map(has);
         let each = ports.flat_map(|(port, name)| ["TCP", "UDP"].map(|p| (port, name, p)));
-        each.map(|(port, name, protocol)| {
+        let each = each.map(|(port, name, protocol)| {
             let mut object = json!({"name": name_of(protocol, name), "port": PORTS[port],
                 "protocol": protocol});
             if self.has_node_ports() {
@@ -287,8 +368,32 @@ impl Spec {
                 object["nodePort"] = node_port(self.claim, port).into();
             }
             object
-        })
-        .collect()
+        });
+        let mut ports: Vec<Value> = each.collect();
+        match self.oddity {
+            Oddity::TwinPorts => {
+                let twins: Vec<Value> = ports
+                    .iter()
+                    .map(|port| {
+                        let name = format!("{}-again", port["name"].as_str().unwrap());
+                        json!({"name": name, "port": port["port"], "protocol": port["protocol"],
+                        "nodePort": 30_200})
+                    })
+                    .collect();
+                ports.extend(twins);
+            }
+            Oddity::BadPorts => ports
+                .splice(
+                    0..0,
+                    [
+                        json!({"name": "zero", "port": 0}),
+                        json!({"name": "odd", "port": PORTS[0], "protocol": "ICMP"}),
+                    ],
+                )
+                .for_each(drop),
+            _ => {}
+        }
+        ports
     }
 
     /// Whether it has node ports.
@@ -317,7 +422,8 @@ impl Slice {
             service: 1,
             other_family: false,
             ports: [Some(8080), None],
-            stray: false,
+            stray: None,
+            spelled: false,
             points: pods.iter().map(point).collect(),
         }
     }
@@ -327,9 +433,10 @@ impl Slice {
         let family = if self.other_family { other(family) } else { family };
         let addresses = Addresses(family);
         let mut endpoints: Vec<Value> =
-            self.points.iter().map(|point| point.object(addresses)).collect();
-        if self.stray {
-            endpoints.push(json!({"addresses": [Addresses(other(family)).pod(4)]}));
+            self.points.iter().map(|point| point.object(addresses, self.spelled)).collect();
+        if let Some(stray) = self.stray {
+            // One that nothing else is said of is ready.
+            endpoints.push(json!({"addresses": [stray.text(family)]}));
         }
         let has = |name: u8| self.ports[usize::from(name)].map(|number| (name, number));
         let ports = [0, 1].into_iter().filter_map(has);
@@ -355,8 +462,8 @@ impl Point {
         self.placed && self.pod % 2 == 1
     }
 
-    fn object(&self, addresses: Addresses) -> Value {
-        let mut endpoint = json!({"addresses": [addresses.pod(self.pod)]});
+    fn object(&self, addresses: Addresses, spelled: bool) -> Value {
+        let mut endpoint = json!({"addresses": [text(addresses.pod(self.pod), spelled)]});
         if let Some((ready, serving, terminating)) = self.state {
             endpoint["conditions"] =
                 json!({"ready": ready, "serving": serving, "terminating": terminating});
@@ -364,9 +471,8 @@ impl Point {
         if self.placed {
             endpoint["nodeName"] = if self.pod % 2 == 1 { "here" } else { "there" }.into();
         }
-        if let Some(ours) = self.zone {
-            endpoint["hints"]["forZones"] =
-                json!([{"name": if ours { "zone-a" } else { "zone-b" }}]);
+        if let Some(zone) = self.zone {
+            endpoint["hints"]["forZones"] = json!([{"name": ZONES[usize::from(zone)]}]);
         }
         if let Some(ours) = self.node {
             endpoint["hints"]["forNodes"] = json!([{"name": if ours { "here" } else { "there" }}]);
