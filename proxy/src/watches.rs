@@ -448,4 +448,20 @@ mod tests {
         let expected: [IpAddr; 2] = ["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
         assert_eq!(node_addresses(&node), expected);
     }
+
+    #[test]
+    fn a_node_that_is_about_to_go_gets_no_traffic_from_load_balancers() {
+        let taint = |key: &str| json!([{"key": key, "effect": "NoSchedule"}]);
+        for (metadata, taints, expected) in [
+            (json!({}), json!([]), true),
+            (json!({}), taint("node.kubernetes.io/unschedulable"), true),
+            (json!({}), taint("ToBeDeletedByClusterAutoscaler"), false),
+            (json!({"deletionTimestamp": "2026-01-01T00:00:00Z"}), json!([]), false),
+        ] {
+            let node = json!({"metadata": metadata, "spec": {"taints": taints}});
+            let change = node_change(&serde_json::from_value(node).unwrap());
+            let ChangeKind::Node { eligible, .. } = change else { panic!("{change:?}") };
+            assert_eq!(eligible, expected, "{metadata} {taints}");
+        }
+    }
 }

@@ -472,4 +472,34 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn a_flow_to_somebody_elses_address_is_none_of_a_node_ports() {
+        let mut desired = Desired::default();
+        let node_port = frontend(Protocol::Udp, Lane::NodePort);
+        let node: IpAddr = [192, 0, 2, 1].into();
+        let rules = ServiceRules {
+            frontends: vec![(node_port, forward(&[1]))],
+            addresses: vec![(AddressSet::NodeAddresses, node)],
+            ..ServiceRules::default()
+        };
+        desired.replace(&key(), Some(rules));
+        let expected = Expected::of(&desired, &ServiceTable::default(), &[Family::V4], false);
+        let client: IpAddr = [198, 51, 100, 1].into();
+        let elsewhere: IpAddr = [203, 0, 113, 5].into();
+        // Untranslated, so that whom it is for answers.
+        for (to, stale) in [(node, true), (elsewhere, false)] {
+            let tuple = |source, destination, source_port, destination_port| Tuple {
+                source,
+                destination,
+                protocol: Protocol::Udp.number(),
+                source_port,
+                destination_port,
+                seen: true,
+            };
+            let original = tuple(client, to, 1024, node_port.port);
+            let reply = tuple(to, client, node_port.port, 1024);
+            assert_eq!(expected.is_stale(&original, &reply), stale, "{to}");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     convert::Infallible,
+    net::IpAddr,
     sync::{Arc, Mutex},
     thread::JoinHandle,
 };
@@ -48,12 +49,16 @@ impl Api {
     /// One that knows of the node `here` only.
     pub(super) fn new() -> Self {
         let api = Self { objects: Arc::default(), version: Arc::new(watch::Sender::new(0)) };
-        let addresses = [Family::V4, Family::V6]
-            .map(|family| json!({"type": "InternalIP", "address": Addresses(family).node()}));
-        api.set(json!({"kind": "Node", "metadata": {"name": "here",
-            "labels": {"topology.kubernetes.io/zone": "zone-a"}},
-            "status": {"addresses": addresses}}));
+        api.set_node("zone-a", [Family::V4, Family::V6].map(|family| Addresses(family).node()));
         api
+    }
+
+    /// Creates or changes the node `here`.
+    pub(super) fn set_node(&self, zone: &str, addresses: [IpAddr; 2]) {
+        let addresses = addresses.map(|address| json!({"type": "InternalIP", "address": address}));
+        self.set(json!({"kind": "Node", "metadata": {"name": "here",
+            "labels": {"topology.kubernetes.io/zone": zone}},
+            "status": {"addresses": addresses}}));
     }
 
     /// Creates or changes an object.

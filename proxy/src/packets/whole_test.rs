@@ -24,6 +24,7 @@ use crate::{
 everywhere!(
     a_service_of_both_families_is_served_in_both,
     health_checks_tell_of_endpoints_on_this_node,
+    a_node_that_gets_another_zone_or_address_serves_there,
     pods_are_those_in_the_nodes_own_range,
     who_tried_before_the_start_gets_in_with_the_next_try,
 );
@@ -112,6 +113,37 @@ fn ranges_of_services_come_and_go_with_their_objects() {
         api.remove("ServiceCIDR", &own.n.to_string());
         passes(true);
     }
+    running.stop();
+}
+
+fn a_node_that_gets_another_zone_or_address_serves_there(mode: Mode, family: Family) {
+    let net = Net::new();
+    let own = own(family);
+    let api = Api::new();
+    api.set(own.service(json!({"spec": {"type": "NodePort"}})));
+    let hinted = [pod(1).for_zones(&["zone-a"]), pod(2).for_zones(&["zone-b"])];
+    endpoints(&api, own, hinted.into());
+    let running = Running::start(&net.host, config(mode), &api);
+    let meets = |to: SocketAddr, by: Option<u8>| {
+        until(&format!("{to} by {by:?}"), || match net.ask_briefly(OUTSIDE, Protocol::Tcp, to) {
+            Answer::By(n, ..) => by == Some(n),
+            Answer::Refused => by.is_none(),
+            _ => false,
+        });
+    };
+    let usual = [Family::V4, Family::V6].map(|family| Addresses(family).node());
+    let others = [Family::V4, Family::V6].map(|family| Addresses(family).node_other());
+    let [here, there] = [own.addresses.node(), own.addresses.node_other()]
+        .map(|address| SocketAddr::new(address, own.node_port()));
+    meets(cluster(own), Some(1));
+    meets(here, Some(1));
+    api.set_node("zone-b", usual);
+    meets(cluster(own), Some(2));
+    meets(here, Some(2));
+    meets(there, None);
+    api.set_node("zone-b", others);
+    meets(there, Some(2));
+    meets(here, None);
     running.stop();
 }
 

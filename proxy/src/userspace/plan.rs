@@ -266,6 +266,26 @@ mod tests {
     }
 
     #[test]
+    fn clients_are_kept_where_any_of_them_may_be_kept() {
+        let mut sticky = forward(&[1]);
+        let Action::Forward { affinity, .. } = &mut sticky else { panic!() };
+        *affinity = Some(Duration::from_secs(60));
+        let rule = |everybody: &Action, inside: &Action| Rule {
+            everybody: treatment(everybody),
+            inside: Some(treatment(inside)),
+        };
+        for (rule, expected) in [
+            (rule(&sticky, &Action::Drop), true),
+            (rule(&Action::Drop, &sticky), true),
+            (rule(&forward(&[1]), &forward(&[1])), false),
+            (rule(&Action::Drop, &Action::Reject), false),
+        ] {
+            assert_eq!(rule.sticks_to(endpoint(1)), expected, "{rule:?}");
+            assert!(!rule.sticks_to(endpoint(2)), "it is none of them: {rule:?}");
+        }
+    }
+
+    #[test]
     fn source_ranges_admit_whom_they_name() {
         let Treatment::Forward(choice) = treatment(&forward(&[1])) else { panic!() };
         assert!(choice.admits([192, 0, 2, 7].into()));

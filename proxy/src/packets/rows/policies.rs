@@ -72,6 +72,15 @@ pub(super) fn rows() -> Vec<Feature> {
             [external, balancer, node_port].map(|to| ask(&[From::Pod(2)], to, By(&[2], Node))),
         ),
         feature(
+            "externalTrafficPolicy counts for external addresses whatever the type",
+            |own| {
+                json!({"spec": {"externalTrafficPolicy": "Local",
+                    "externalIPs": [own.external()]}})
+            },
+            two(),
+            [ask(&[OUTSIDE], external, By(&[1], Client)), ask(&[POD], external, By(BOTH, Client))],
+        ),
+        feature(
             "externalTrafficPolicy Local doesn't touch the cluster address",
             external_local,
             elsewhere(),
@@ -132,6 +141,18 @@ pub(super) fn rows() -> Vec<Feature> {
                 ask(&[STRANGER], external, By(&[1], Client)),
                 ask(&[STRANGER], node_port, By(&[1], Client)),
             ],
+        ),
+        feature(
+            "a source range of half of all addresses doesn't admit the other half",
+            |own| {
+                let mut service = balanced(own);
+                // Clients are in it, and pods are not.
+                let half = if own.addresses.node().is_ipv4() { "128.0.0.0/1" } else { "::/1" };
+                service["spec"]["loadBalancerSourceRanges"] = json!([half]);
+                service
+            },
+            two(),
+            [ask(&[OUTSIDE], balancer, By(BOTH, Node)), ask(&[POD], balancer, NotAdmitted)],
         ),
         feature(
             "source ranges of the other family admit nobody",

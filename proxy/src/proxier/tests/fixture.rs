@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use crate::{
     backend::{Applied, Backend, BackendError, Forget, Goal},
+    conntrack::Cleaner,
     health::Health,
     health_check::{Checks, HealthChecks},
     metrics::Metrics,
@@ -164,14 +165,27 @@ impl Trial {
         Self::over(EventRecorder::discard())
     }
 
+    /// As [`Self::new`], with a thread that forgets connections, which this makes.
+    pub(super) fn tracking(start: impl FnOnce(Metrics) -> Cleaner) -> Self {
+        let mut trial = Self::with(EventRecorder::discard(), |metrics| Some(start(metrics)));
+        trial.take_in(ChangeKind::Services(HashSet::new()));
+        trial.take_in(ChangeKind::Slices(HashSet::new()));
+        trial
+    }
+
     fn over(events: EventRecorder) -> Self {
+        Self::with(events, |_| None)
+    }
+
+    fn with(events: EventRecorder, cleaner: impl FnOnce(Metrics) -> Option<Cleaner>) -> Self {
         let both = [Family::V4, Family::V6];
         let scripts: BTreeMap<Family, Arc<Mutex<Script>>> =
             both.iter().map(|family| (*family, Arc::default())).collect();
         let registry = Registry::new();
         let metrics = Metrics::register(&registry).unwrap();
         let health = Health::new(&both, Duration::from_secs(30));
-        let reports = Reports { metrics, health: health.clone(), events, conntrack: None };
+        let conntrack = cleaner(metrics.clone());
+        let reports = Reports { metrics, health: health.clone(), events, conntrack };
         let backends = scripts.iter().map(|(family, script)| {
             Box::new(Fake { family: *family, script: Arc::clone(script) }) as Box<dyn Backend>
         });

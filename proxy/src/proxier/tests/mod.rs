@@ -4,6 +4,7 @@
 mod fixture;
 
 use std::{
+    collections::HashSet,
     convert::Infallible,
     sync::{Arc, Mutex},
     time::Duration,
@@ -20,13 +21,46 @@ use tokio_util::sync::CancellationToken;
 use self::fixture::{Call, LONGEST, Trial, service, slice};
 use crate::{
     backend::Forget,
+    conntrack::Cleaner,
     model::{Family, Protocol},
+    netns::Namespace,
     ruleset::{Frontend, Lane},
     until::{PATIENCE, until},
     watches::ChangeKind,
 };
 
 const PENDING: &str = "kubeproxy_sync_proxy_rules_service_changes_pending";
+
+#[test]
+fn a_start_compares_the_connections_of_each_family_once() {
+    let host = Namespace::new();
+    let mut trial = Trial::tracking(|metrics| host.run(move || Cleaner::start(metrics).unwrap()));
+    trial.commit();
+    for family in ["IPv4", "IPv6"] {
+        let metric = "kubeproxy_conntrack_reconciler_sync_duration_seconds_count";
+        let once = format!("{metric}{{ip_family=\"{family}\"}} 1");
+        until(&once, || trial.metric(&once));
+    }
+}
+
+#[test]
+fn what_a_new_list_lacks_is_gone() {
+    let mut trial = Trial::new();
+    trial.commit();
+    trial.serve("a", 1);
+    let both = [Family::V4, Family::V6];
+    let endpoints =
+        |trial: &Trial, family| -> usize { trial.script(family).held.values().map(Vec::len).sum() };
+    assert!(both.iter().all(|family| endpoints(&trial, *family) > 0));
+    trial.take_in(ChangeKind::Slices(HashSet::new()));
+    trial.commit();
+    for family in both {
+        assert_eq!((trial.served(family).len(), endpoints(&trial, family)), (1, 0));
+    }
+    trial.take_in(ChangeKind::Services(HashSet::new()));
+    trial.commit();
+    assert!(both.iter().all(|family| trial.served(*family).is_empty()));
+}
 
 #[test]
 fn a_family_that_fails_never_delays_the_other() {
