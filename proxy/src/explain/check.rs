@@ -8,10 +8,10 @@ use crate::{
     iptables,
     model::Family,
     nftables::{
-        held::{Chosen, Held, Plan},
-        layout,
+        held::Plan,
         observe::{Found, observe},
         socket::NftSocket,
+        text::differences,
     },
     ruleset::{AddressSet, Frontend, Unit},
     snapshot::Snapshot,
@@ -37,8 +37,8 @@ impl Snapshot {
 
     fn check_nftables(&self, unit: Unit) -> Result<Vec<String>, BackendError> {
         let written = start::layout(&self.config, unit.family());
-        let held = match observe(&mut NftSocket::open()?, &written)? {
-            Found::Intact { held, .. } => held,
+        let (held, strays) = match observe(&mut NftSocket::open()?, &written)? {
+            Found::Intact { held, strays } => (held, strays),
             Found::Different(why) => {
                 return Ok(vec![format!("the table is not as it should be: {why}")]);
             }
@@ -52,21 +52,11 @@ impl Snapshot {
             }
             _ => false,
         });
-        let differs = |unit: &Unit| {
-            let mut plan = Plan::default();
-            held.plan(*unit, &self.desired, &mut plan);
-            !(plan.early.is_empty() && plan.changes.is_empty())
-        };
-        let different = [unit].into_iter().chain(related).filter(differs);
-        Ok(different
-            .map(|unit| match unit {
-                Unit::Frontend(frontend) => format!("{frontend}: {}", holds(&held, &frontend)),
-                Unit::Address(_, address) => format!("{address} is missing in its set"),
-                Unit::ServiceRanges(_) => {
-                    format!("the set {} has other ranges", layout::SERVICE_RANGES)
-                }
-            })
-            .collect())
+        let mut plan = Plan::default();
+        for unit in [unit].into_iter().chain(related) {
+            held.plan(unit, &self.desired, &mut plan);
+        }
+        Ok(differences(&written, [&plan.early, &plan.changes], &strays))
     }
 
     fn check_iptables(&self, frontend: &Frontend) -> Result<Vec<String>, BackendError> {
@@ -74,20 +64,5 @@ impl Snapshot {
         let settings = start::settings(&self.config, frontend.family);
         let missing = iptables::missing(&settings, self.goal(), owner)?;
         Ok(missing.lines().map(|line| format!("would have to be restored: {line}")).collect())
-    }
-}
-
-/// What the table has for a frontend, in words.
-fn holds(held: &Held, frontend: &Frontend) -> String {
-    let Some(found) = held.frontend(frontend) else { return "nothing is there".into() };
-    match &found.chosen {
-        _ if found.rejected => "it is rejected".into(),
-        Some(Chosen::Drop) => "it is dropped".into(),
-        Some(Chosen::Foreign) => "its verdict is not the proxy's".into(),
-        None => "no verdict is there".into(),
-        Some(Chosen::Pick(chain)) => {
-            let endpoints: Vec<String> = found.slots.iter().map(ToString::to_string).collect();
-            format!("it goes to {}: {}", chain.name(), endpoints.join(", "))
-        }
     }
 }

@@ -46,6 +46,11 @@ impl Changes {
         self.added.get(set).map_or(&[], Vec::as_slice)
     }
 
+    /// The elements to remove from each set.
+    pub(crate) fn removals(&self) -> impl Iterator<Item = (&'static str, &[Element])> {
+        self.removed.iter().map(|(set, elements)| (*set, &elements[..]))
+    }
+
     /// Writes all of it.
     pub(crate) fn write(self, batch: &mut Batch) {
         for (set, elements) in self.removed {

@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use super::{
     apply::{Whole, whole},
     batch::{Chain, Data, Element, Hook, MapData, Set, SetKind, TABLE},
+    changes::Changes,
     expression::{Comparison, Ct, Expression, Register, Verdict},
     intervals::Intervals,
     layout::Layout,
@@ -59,6 +60,49 @@ pub(crate) fn text(layout: &Layout, goal: Goal<'_>) -> String {
     text
 }
 
+/// What sets lack and have too much before `changes` are made, a line for each set. `strays` are
+/// elements that are there, though nothing should have made them.
+pub(crate) fn differences(
+    layout: &Layout,
+    changes: [&Changes; 2],
+    strays: &Changes,
+) -> Vec<String> {
+    let mut lines = Vec::new();
+    for set in layout.sets() {
+        let (kind, name) = (kind(&set), &set.name);
+        let of_set = |from: &Changes| -> Vec<Element> {
+            let removals = from.removals().filter(|(removed, _)| removed == name);
+            removals.flat_map(|(_, elements)| elements).cloned().collect()
+        };
+        let strays = of_set(strays);
+        let is_stray = |element: &Element| strays.iter().any(|stray| stray.key == element.key);
+        let added = changes.iter().flat_map(|changes| changes.added(name));
+        let lacks: Vec<&Element> = added.filter(|element| !is_stray(element)).collect();
+        let excess = changes.iter().flat_map(|changes| of_set(changes)).collect::<Vec<_>>();
+        if set.kind == SetKind::Intervals {
+            if !(lacks.is_empty() && excess.is_empty()) {
+                lines.push(format!("{kind} {name} has other ranges"));
+            }
+            continue;
+        }
+        let list = |elements: &mut dyn Iterator<Item = &Element>| {
+            elements.map(|element| element_text(&set, element)).collect::<Vec<_>>().join(", ")
+        };
+        if !excess.is_empty() {
+            let list = list(&mut excess.iter());
+            lines.push(format!("{kind} {name} has something else at {{ {list} }}"));
+        }
+        if !lacks.is_empty() {
+            lines.push(format!("{kind} {name} lacks {{ {} }}", list(&mut lacks.into_iter())));
+        }
+    }
+    lines
+}
+
+fn kind(set: &Set) -> &'static str {
+    if set.data == MapData::None { "set" } else { "map" }
+}
+
 fn family_name(family: Family) -> &'static str {
     match family {
         Family::V4 => "ip",
@@ -67,7 +111,7 @@ fn family_name(family: Family) -> &'static str {
 }
 
 fn set_text(text: &mut String, set: &Set, elements: &[String]) {
-    let kind = if set.data == MapData::None { "set" } else { "map" };
+    let kind = kind(set);
     let data = match set.data {
         MapData::None => String::new(),
         MapData::Verdict => " : verdict".into(),

@@ -74,6 +74,34 @@ fn with(mode: Mode, change: fn(&mut ProxyConfig)) -> ProxyConfig {
     config
 }
 
+#[test]
+fn what_the_kernel_lacks_is_named() {
+    let config = config(Mode::Nftables);
+    let (net, family) = (Net::new(), Family::V4);
+    in_force(&net, &config, family);
+    let own = Own { addresses: Addresses(family), n: 1 };
+    let to = own.cluster();
+    let element = format!("endpoints {{ {to} . tcp . 80 . 0x00000000 }}");
+    net.host.sh(&format!("nft delete element ip keelson-proxy '{element}'"));
+    let packet = Packet {
+        from: Addresses(family).client(1),
+        from_pod_here: false,
+        to,
+        port: 80,
+        protocol: Protocol::Tcp,
+    };
+    let answer = net.host.run(move || {
+        let snapshot = snapshot(&config, family);
+        let mut answer = snapshot.explain(&packet);
+        snapshot.check(&mut answer).unwrap();
+        answer
+    });
+    let found = answer.kernel.unwrap();
+    let lacks = format!("map endpoints lacks {{ {to} . tcp . 80 . 0x00000000 : ");
+    assert!(found.len() == 1 && found[0].starts_with(&lacks), "{found:?}");
+    assert!(!found[0].contains("0x00000001"), "the others are there: {found:?}");
+}
+
 /// Each configuration that rows have, once.
 fn configs(mode: Mode) -> Vec<ProxyConfig> {
     let mut configs: Vec<ProxyConfig> = Vec::new();
