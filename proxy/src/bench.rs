@@ -14,7 +14,8 @@ use crate::{
     DetectLocal, ProxyConfig,
     model::{
         Family,
-        objects::{Place, Service, Slice},
+        services::Service,
+        slices::{Place, Slice},
         table::ServiceTable,
     },
     nftables::apply::Table,

@@ -16,7 +16,8 @@ use crate::{
     model::{
         Family, Protocol,
         eligible::ENDPOINTS_MAX,
-        objects::{Hint, Service, Slice, SliceEndpoint},
+        services::Service,
+        slices::{Hint, Slice, SliceEndpoint},
     },
     netns::Namespace,
     proxier::{Proxier, Reports},

@@ -17,9 +17,7 @@ use crate::{
     config::{DetectLocal, Mode, ProxyConfig},
     iptables,
     model::{
-        Family, Problem,
-        objects::{Service, Slice},
-        service_ranges::ServiceRanges,
+        Family, Problem, service_ranges::ServiceRanges, services::Service, slices::Slice,
         table::ServiceTable,
     },
     nftables,

@@ -32,8 +32,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::model::{
     Problem,
-    objects::{HEADLESS, Place, SERVICE_PROXY_NAME, Service, Slice},
     service_ranges::ServiceRanges,
+    services::{SERVICE_PROXY_NAME, Service},
+    slices::{HEADLESS, Place, Slice},
 };
 
 /// How many changes may wait for the loop before the watches wait too.

@@ -260,7 +260,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::objects::{Hint, Slice, SliceEndpoint},
+        model::slices::{Hint, Slice, SliceEndpoint},
         ruleset::{Masquerade, desired::ServiceRules},
     };
 
@@ -432,7 +432,7 @@ mod tests {
             let balanced = json!({"clusterIP": address, "type": "LoadBalancer",
                 "externalTrafficPolicy": "Local", "healthCheckNodePort": port});
             let object = serde_json::from_value(json!({"spec": balanced})).unwrap();
-            crate::model::objects::Service::read(&object).0.unwrap()
+            crate::model::services::Service::read(&object).0.unwrap()
         };
         objects.set_service(&key(), Some(service(None)));
         let (udp, tcp) = (Protocol::Udp, Protocol::Tcp);

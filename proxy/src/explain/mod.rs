@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::{
     Protocol,
     config::{DetectLocal, Mode, NodePortAddresses},
-    model::{Endpoint, Family, objects::TrafficPolicy, table::PortPlan},
+    model::{Endpoint, Family, services::TrafficPolicy, table::PortPlan},
     nftables::layout,
     ruleset::{Action, AddressSet, Frontend, Lane, Masquerade, Unit},
     snapshot::Snapshot,

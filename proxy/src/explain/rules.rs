@@ -6,7 +6,7 @@ use super::policy;
 use crate::{
     config::Mode,
     iptables::chain::{Kind, OwnChain, PortName},
-    model::{objects::TrafficPolicy, table::PortPlan},
+    model::{services::TrafficPolicy, table::PortPlan},
     nftables::{
         layout::{self, PickChain},
         sources::{Sources, SourcesId},

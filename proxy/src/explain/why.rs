@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::model::{
     eligible::{Topology, merged_endpoints},
-    objects::{Slice, SliceEndpoint},
+    slices::{Slice, SliceEndpoint},
     table::PortPlan,
 };
 

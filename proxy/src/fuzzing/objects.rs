@@ -23,8 +23,9 @@ use crate::{
     iptables::Rules,
     model::{
         Family,
-        objects::{Place, Service, Slice},
         service_ranges::ServiceRanges,
+        services::Service,
+        slices::{Place, Slice},
         table::ServiceTable,
     },
     nftables::apply::Table,

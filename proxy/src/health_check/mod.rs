@@ -168,14 +168,14 @@ mod tests {
     use super::*;
     use crate::ruleset::{Action, desired::ServiceRules};
 
-    fn balanced(created: i64, port: u16) -> crate::model::objects::Service {
+    fn balanced(created: i64, port: u16) -> crate::model::services::Service {
         let object = serde_json::json!({
             "metadata": {"creationTimestamp": jiff::Timestamp::from_second(created).unwrap().to_string()},
             "spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.1", "healthCheckNodePort": port,
                      "externalTrafficPolicy": "Local", "ports": [{"port": 80}]},
         });
         let object = serde_json::from_value(object).unwrap();
-        crate::model::objects::Service::read(&object).0.unwrap()
+        crate::model::services::Service::read(&object).0.unwrap()
     }
 
     #[test]

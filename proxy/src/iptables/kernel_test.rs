@@ -14,7 +14,8 @@ use crate::{
     backend::{Applied, Backend, Goal},
     model::{
         Family,
-        objects::{Place, Service, Slice},
+        services::Service,
+        slices::{Place, Slice},
         table::ServiceTable,
     },
     netns::Namespace,

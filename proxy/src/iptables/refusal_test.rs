@@ -25,7 +25,8 @@ use crate::{
     metrics::Metrics,
     model::{
         Family,
-        objects::{Place, Service, Slice},
+        services::Service,
+        slices::{Place, Slice},
     },
     netns::Namespace,
     proxier::{Proxier, Reports},

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     model::{
         Endpoint,
-        objects::TrafficPolicy,
+        services::TrafficPolicy,
         table::{PortPlan, ServiceTable},
     },
     ruleset::{Action, Frontend, Lane, desired::Desired},

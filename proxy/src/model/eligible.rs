@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use super::{
     Endpoint, Family, Protocol,
-    objects::{Hint, ServicePort, Slice, SliceEndpoint},
+    services::ServicePort,
+    slices::{Hint, Slice, SliceEndpoint},
 };
 
 /// The most endpoints behind one port; each costs an element in the kernel, and each change of one

@@ -6,17 +6,18 @@
 //!   slices ───┘   (one key a time)    └─ addresses: service addresses, hairpin
 //! ```
 //!
-//! [`objects`] takes from the API's objects what matters here and refuses what is wrong in them
-//! ([`address`], [`ports`]);
-//! [`service_ranges`] are where cluster addresses come from; [`eligible`] chooses the endpoints of one service port; [`table`] keeps all of it by service and
+//! [`services`] and [`slices`] take from the API's objects what matters here and refuse what is
+//! wrong in them ([`address`], [`ports`]); [`service_ranges`] are where cluster addresses come from;
+//! [`eligible`] chooses the endpoints of one service port; [`table`] keeps all of it by service and
 //! says which parts of the [ruleset](crate::ruleset) a change touches. Nothing here does I/O.
 
 mod address;
 pub(crate) mod compact;
 pub(crate) mod eligible;
-pub(crate) mod objects;
 mod ports;
 pub(crate) mod service_ranges;
+pub(crate) mod services;
+pub(crate) mod slices;
 pub(crate) mod table;
 
 use std::{fmt, net::IpAddr, str::FromStr};

@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Problem, Protocol, objects::ServicePort};
+use super::{Problem, Protocol, services::ServicePort};
 
 /// A Service's ports; `external` if it may have node ports. Of two with one number and protocol, or
 /// one node port, the first has it: the API server lets no Service have both.

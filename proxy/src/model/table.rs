@@ -14,7 +14,8 @@ use keelson_api::object::ObjectKey;
 use super::{
     Endpoint, Family, Problem,
     eligible::{ENDPOINTS_MAX, Eligible},
-    objects::{Service, ServicePort, Slice, TrafficPolicy},
+    services::{Service, ServicePort, TrafficPolicy},
+    slices::Slice,
 };
 use crate::ruleset::{Action, AddressSet, Frontend, Lane, Masquerade, desired::ServiceRules};
 

@@ -16,7 +16,8 @@ use crate::{
     config::{DetectLocal, NodePortAddresses},
     model::{
         Family,
-        objects::{Place, Service, Slice},
+        services::Service,
+        slices::{Place, Slice},
         table::ServiceTable,
     },
     netns::Namespace,

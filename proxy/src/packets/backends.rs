@@ -16,8 +16,9 @@ use crate::{
     iptables::{self, Variant},
     model::{
         Family, Problem,
-        objects::{Place, Service, Slice},
         service_ranges::ServiceRanges,
+        services::Service,
+        slices::{Place, Slice},
         table::ServiceTable,
     },
     netns::Namespace,

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::oddities::{Oddity, Stray, misspelled, text};
 use crate::{
-    model::{Family, objects::Place},
+    model::{Family, slices::Place},
     packets::{
         backends::{Node, place},
         features::Own,

@@ -19,7 +19,8 @@ use crate::{
     metrics::Metrics,
     model::{
         Endpoint, Family,
-        objects::{Place, Service, Slice},
+        services::Service,
+        slices::{Place, Slice},
     },
     proxier::{Proxier, Reports},
     ruleset::{Action, Frontend, Unit},
