@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Mode,
+    listen::listen,
     metrics::{Metrics, packets::Freshener},
     model::Family,
 };
@@ -61,7 +62,8 @@ struct Progress {
 /// What `/healthz` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Report {
-    updated: Timestamp,
+    /// `None` before anything was written.
+    updated: Option<Timestamp>,
     now: Timestamp,
     keeps_up: bool,
     eligible: bool,
@@ -71,7 +73,8 @@ struct Report {
 /// What it says of one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct FamilyReport {
-    updated: Timestamp,
+    /// `None` before anything was written.
+    updated: Option<Timestamp>,
     keeps_up: bool,
 }
 
@@ -121,23 +124,16 @@ impl Health {
         let begun = || state.families.values().filter(|progress| progress.updated.is_some());
         let families = state.families.iter().map(|(family, progress)| {
             // With nothing waiting the rules are as fresh as can be.
-            let fresh = progress.updated.is_some() && progress.waiting_since.is_none();
-            let updated = progress.updated.unwrap_or(Timestamp::UNIX_EPOCH);
-            let keeps_up = progress.updated.is_some() && !late(progress);
-            (*family, FamilyReport { updated: if fresh { now } else { updated }, keeps_up })
+            let fresh = progress.waiting_since.is_none();
+            let updated = progress.updated.map(|updated| if fresh { now } else { updated });
+            (*family, FamilyReport { updated, keeps_up: !late(progress) })
         });
         let families: BTreeMap<Family, FamilyReport> = families.collect();
         // Before anything was written it is starting: to start again would not help.
         let keeps_up = !begun().any(late);
         let late_since = begun().filter(|progress| late(progress)).filter_map(|p| p.updated).min();
-        let last = families.values().map(|family| family.updated).max();
-        Report {
-            updated: late_since.or(last).unwrap_or(Timestamp::UNIX_EPOCH),
-            now,
-            keeps_up,
-            eligible: state.eligible,
-            families,
-        }
+        let last = families.values().filter_map(|family| family.updated).max();
+        Report { updated: late_since.or(last), now, keeps_up, eligible: state.eligible, families }
     }
 }
 
@@ -246,22 +242,24 @@ fn metrics_page(registry: &Registry) -> Response<Full<Bytes>> {
     }
 }
 
-/// The documented form: when rules were last brought up to date, the time now, at `/healthz` alone
+/// The documented form: when rules were last brought up to date, if they were, the time now, at `/healthz` alone
 /// whether the node should get traffic from load balancers; and how far each family is.
 fn health_page(report: &Report, healthy: bool, eligible: Option<bool>) -> Response<Full<Bytes>> {
     let status = report.families.iter().map(|(family, progress)| {
-        let progress = serde_json::json!({
-            "lastUpdated": progress.updated.to_string(),
-            "healthy": progress.keeps_up,
-        });
-        (family.as_str().to_owned(), progress)
+        let mut fields = serde_json::json!({ "healthy": progress.keeps_up });
+        if let Some(updated) = progress.updated {
+            fields["lastUpdated"] = updated.to_string().into();
+        }
+        (family.as_str().to_owned(), fields)
     });
     let status: serde_json::Map<_, _> = status.collect();
     let mut body = serde_json::json!({
-        "lastUpdated": report.updated.to_string(),
         "currentTime": report.now.to_string(),
         "status": status,
     });
+    if let Some(updated) = report.updated {
+        body["lastUpdated"] = updated.to_string().into();
+    }
     if let Some(eligible) = eligible {
         body["nodeEligible"] = eligible.into();
     }
@@ -294,7 +292,7 @@ pub(crate) async fn bind(
 ) -> io::Result<TcpListener> {
     let mut told = false;
     loop {
-        match TcpListener::bind(address).await {
+        match listen(address).await {
             Err(error) if !hard_fail && !shutdown.is_cancelled() => {
                 if !told {
                     tracing::error!(%error, %address, "can't listen; trying again");
@@ -428,7 +426,11 @@ mod tests {
             let body = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap();
             (status, String::from_utf8(body.to_bytes().to_vec()).unwrap())
         };
-        assert_eq!(ask(Server::Health, "/healthz").await.0, 200, "it is starting");
+        let (status, body) = ask(Server::Health, "/healthz").await;
+        let told: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(status, 200, "it is starting");
+        assert_eq!(told["status"], serde_json::json!({"IPv4": {"healthy": true}}));
+        assert_eq!(told.get("lastUpdated"), None, "nothing was written yet");
         pages.health.updated(Family::V4);
         pages.health.set_eligible(false);
         let (status, body) = ask(Server::Health, "/healthz").await;

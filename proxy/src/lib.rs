@@ -37,6 +37,7 @@ mod input_test;
 mod iptables;
 mod ipvs;
 mod leftovers;
+mod listen;
 #[cfg(test)]
 mod loop_test;
 mod memory;

@@ -96,6 +96,10 @@ fn it_starts_serves_tells_of_its_health_and_stops() {
         }
         assert_eq!(page.contains("\"nodeEligible\":true"), path == "/healthz", "{page}");
     }
+    let six = until_some("its configured address, 0.0.0.0, is that of IPv6 too", || {
+        get_at(&host, "::1", 10256, "/livez")
+    });
+    assert!(six.starts_with("HTTP/1.1 200"), "{six}");
     assert!(get(&host, 10249, "/proxyMode").unwrap().ends_with("\r\n\r\nnftables"));
     assert!(get(&host, 10249, "/configz").unwrap().contains("\"masqueradeBit\":14"));
     assert!(get(&host, 10249, "/nothing").unwrap().starts_with("HTTP/1.1 404"));

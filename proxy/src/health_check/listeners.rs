@@ -30,6 +30,7 @@ use crate::{
     addresses::{Moves, local_addresses},
     config::NodePortAddresses,
     health::{self, Health},
+    listen::everywhere,
     model::Family,
 };
 
@@ -166,7 +167,7 @@ async fn serve(listening: Arc<Listening>, port: u16, at: SocketAddr, close: Canc
     health::serve(listener, answer, close).await;
 }
 
-/// Where the kernel has no IPv6, all addresses are those of IPv4.
+/// All addresses of IPv6 are those of both families.
 async fn bind(at: SocketAddr, configured: &NodePortAddresses) -> io::Result<TcpListener> {
     if !at.ip().is_unspecified() {
         let socket = if at.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
@@ -180,13 +181,9 @@ async fn bind(at: SocketAddr, configured: &NodePortAddresses) -> io::Result<TcpL
         socket.bind(at)?;
         return socket.listen(BACKLOG);
     }
-    match TcpListener::bind(at).await {
-        Err(error)
-            if at.ip() == Ipv6Addr::UNSPECIFIED && error.kind() != io::ErrorKind::AddrInUse =>
-        {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, at.port())).await
-        }
-        result => result,
+    match at {
+        SocketAddr::V4(_) => TcpListener::bind(at).await,
+        SocketAddr::V6(_) => everywhere(at.port()).await,
     }
 }
 
