@@ -4,7 +4,7 @@
 
 use std::{
     fs::{self, File, TryLockError},
-    io::Write,
+    io::{self, Write},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -109,6 +109,28 @@ pub(crate) fn hold(paths: &Paths, parts: &[Part], record: Record) -> anyhow::Res
     let held = Held { _locks: locks, record_paths, record };
     held.write()?;
     Ok(held)
+}
+
+/// As [`hold`], for a part that can do without: where no files can be made (the run folder is
+/// read-only, say) that is warned about, and nothing is held.
+///
+/// # Errors
+/// When another process has one of them.
+pub(crate) fn hold_if_possible(
+    paths: &Paths,
+    parts: &[Part],
+    record: Record,
+) -> anyhow::Result<Option<Held>> {
+    match hold(paths, parts, record) {
+        Err(error) if error.chain().any(|cause| cause.is::<io::Error>()) => {
+            tracing::warn!(
+                "{error:#}; going on without: nothing keeps a second one from starting here, and \
+                 `keelson down` doesn't find this one"
+            );
+            Ok(None)
+        }
+        held => held.map(Some),
+    }
 }
 
 fn lock(paths: &Paths, part: Part) -> anyhow::Result<File> {
@@ -344,6 +366,21 @@ mod tests {
         assert_eq!(running(&paths).unwrap(), [record("control-plane", 3), record("agent", 2)]);
         forget(&paths).unwrap();
         assert_eq!(read(&paths, Part::Agent).unwrap(), None);
+    }
+
+    #[test]
+    fn a_part_that_can_do_without_files_goes_on_where_there_are_none_but_not_beside_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(Some(dir.path())).unwrap();
+        // A folder that can't be made, by root neither.
+        fs::create_dir_all(paths.run.parent().unwrap()).unwrap();
+        fs::write(&paths.run, "").unwrap();
+        let proxy = || hold_if_possible(&paths, &[Part::Proxy], record("proxy", 1));
+        assert!(proxy().unwrap().is_none());
+        fs::remove_file(&paths.run).unwrap();
+        let held = proxy().unwrap();
+        assert!(held.is_some());
+        assert!(proxy().is_err(), "another one runs");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::{
     cli::{FamilyName, ProxyArgs},
     config::{ProxyFlags, ProxySettings, watch::Watched},
     credentials::Credentials,
-    instance::{self, Part, Record},
+    instance::{self, Held, Part, Record},
     manifests::Manifests,
     node, notify,
     paths::Paths,
@@ -98,7 +98,7 @@ async fn serve(
     let shutdown = run::shutdown_on_signal()?;
     let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
     let record = Record { role: "proxy".to_owned(), ..Record::of_this_process(&name) };
-    let mut held = instance::hold(&paths, &[Part::Proxy], record)?;
+    let mut held = instance::hold_if_possible(&paths, &[Part::Proxy], record)?;
     let registry = Registry::new();
     component::register_features(
         &registry,
@@ -123,7 +123,7 @@ async fn serve(
         let changed = config_changed(file, args.flags.clone(), name, shutdown.clone());
         tasks.spawn("config file", changed);
     }
-    let ready = held.ready();
+    let ready = held.as_mut().map_or(Ok(()), Held::ready);
     if ready.is_ok() {
         notify::notify("READY=1");
         notify::watchdog(run::healthy(healthz, "/livez"), shutdown.clone()).await;
