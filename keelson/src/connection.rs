@@ -5,7 +5,7 @@
 //! rules and pods go by what was. As client-go does, a silent connection is asked after half a minute
 //! whether it is still there, and given up soon after; there by TCP's own probes.
 
-use std::time::Duration;
+use std::{error::Error, time::Duration};
 
 use http::Request;
 use hyper_util::{
@@ -23,6 +23,21 @@ const SILENT: Duration = Duration::from_secs(30);
 /// How long it has to answer, and how often it is asked meanwhile.
 const ANSWER: Duration = Duration::from_secs(15);
 const PROBES: u32 = 3;
+
+/// An error and its causes; those that the one before tells of already aren't repeated.
+fn causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let message = error.to_string();
+        if !text.contains(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        cause = error.source();
+    }
+    text
+}
 
 /// A client as a kubeconfig describes it.
 ///
@@ -43,7 +58,11 @@ pub(crate) fn client(config: Config) -> anyhow::Result<Client> {
     connector.set_tcp_user_timeout(Some(SILENT + ANSWER));
     let connector = config.rustls_https_connector_with_connector(connector)?;
     let sender: Sender<_, Body> = Sender::builder(TokioExecutor::new()).build(connector);
-    let service = ServiceExt::<Request<Body>>::map_err(sender, BoxError::from);
+    let server = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+    let service = ServiceExt::<Request<Body>>::map_err(sender, move |error| -> BoxError {
+        // The outermost message leaves out why, and where it went.
+        format!("{server}: {}", causes(&error)).into()
+    });
     let service = config.extra_headers_layer()?.layer(service);
     let service = option_layer(config.auth_layer()?).layer(service);
     let service = config.base_uri_layer().layer(service);
@@ -65,6 +84,20 @@ mod tests {
         let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
         let row = rows.find(|row| row[2].ends_with(&port) && row[3] == "01")?;
         Some(row[5].split(':').next()?.to_owned())
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_not_there_is_named_with_the_cause() {
+        // Taken, and not listened on.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = socket.local_addr().unwrap();
+        let client = client(Config::new(format!("http://{address}").parse().unwrap())).unwrap();
+        let error = client.apiserver_version().await.unwrap_err().to_string();
+        for part in [&address.to_string(), "onnect", "Connection refused"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        assert_eq!(error.matches("Connection refused").count(), 1, "{error}");
     }
 
     #[tokio::test]

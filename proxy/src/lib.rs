@@ -48,6 +48,7 @@ mod netns;
 mod nftables;
 #[cfg(test)]
 mod packets;
+mod patience;
 mod proxier;
 mod rights;
 mod rtnl;

@@ -36,6 +36,7 @@ use crate::model::{
     services::{SERVICE_PROXY_NAME, Service},
     slices::{HEADLESS, Place, Slice},
 };
+use crate::patience::Patience;
 
 /// How many changes may wait for the loop before the watches wait too.
 pub(crate) const QUEUE: usize = 8_192;
@@ -144,7 +145,8 @@ pub(crate) async fn service_ranges(
     let mut backoff = Backoff::new(REFUSED.0, REFUSED.1);
     while again {
         let stream = watcher(Api::<ServiceCIDR>::all(client.clone()), watcher::Config::default());
-        let Some(code) = follow_ranges(stream.default_backoff(), &queue, &shutdown).await else {
+        let Some(code) = follow_ranges(stream.backoff(Patience::new()), &queue, &shutdown).await
+        else {
             return;
         };
         if !std::mem::replace(&mut told, true) {
@@ -226,7 +228,7 @@ pub(crate) async fn node(
     shutdown: CancellationToken,
 ) {
     let api: Api<Node> = Api::all(client);
-    let mut stream = Box::pin(watcher::watch_object(api, &name).default_backoff());
+    let mut stream = Box::pin(watcher::watch_object(api, &name).backoff(Patience::new()));
     while let Some(next) = next(&mut stream, &shutdown).await {
         let here = match &next {
             Ok(Some(node)) => self::place(&name, Some(node)),
@@ -258,7 +260,7 @@ pub(crate) async fn pod_cidrs(
     shutdown: &CancellationToken,
 ) -> Option<Vec<IpNet>> {
     let api: Api<Node> = Api::all(client);
-    let mut stream = Box::pin(watcher::watch_object(api, name).default_backoff());
+    let mut stream = Box::pin(watcher::watch_object(api, name).backoff(Patience::new()));
     while let Some(next) = next(&mut stream, shutdown).await {
         match next {
             Ok(node) => {
@@ -340,7 +342,7 @@ async fn follow<K>(
         + Send
         + 'static,
 {
-    let mut stream = Box::pin(watcher(api, config).default_backoff());
+    let mut stream = Box::pin(watcher(api, config).backoff(Patience::new()));
     let mut seen = HashSet::new();
     while let Some(event) = next(&mut stream, &shutdown).await {
         let key = |object: &K| ObjectKey::of(object.metadata());
