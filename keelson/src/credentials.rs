@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http::Request;
 use keelson_api::metrics::rest_client::RestClient;
@@ -93,7 +93,26 @@ impl Credentials {
     /// # Errors
     /// When it doesn't run in a pod.
     pub(crate) fn of_this_pod() -> anyhow::Result<Self> {
-        let config = Config::incluster()?;
+        Self::without_file(Config::incluster()?)
+    }
+
+    /// None, for the API server at a URL; one without a scheme is of HTTP, as with client-go.
+    ///
+    /// # Errors
+    /// When it isn't one.
+    pub(crate) fn none_at(server: &str) -> anyhow::Result<Self> {
+        let url = match server.contains("://") {
+            true => server.to_owned(),
+            false => format!("http://{server}"),
+        };
+        let url: http::Uri = url.parse().with_context(|| format!("{server:?} is not a URL"))?;
+        if !matches!(url.scheme_str(), Some("http" | "https")) {
+            bail!("{server:?}: a URL of http or https is wanted");
+        }
+        Self::without_file(Config::new(url))
+    }
+
+    fn without_file(config: Config) -> anyhow::Result<Self> {
         let namespace = config.default_namespace.clone();
         Ok(Self {
             path: None,
@@ -283,5 +302,20 @@ mod tests {
 
         std::fs::write(&path, "half").unwrap();
         assert!(credentials.refresh(&path).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_url_alone_is_enough_for_a_server_that_wants_no_credentials() {
+        for (server, host) in [
+            ("http://192.0.2.1:8080", "192.0.2.1:8080"),
+            ("192.0.2.1:8080", "192.0.2.1:8080"),
+            ("https://api.example:6443", "api.example:6443"),
+        ] {
+            let credentials = Credentials::none_at(server).unwrap();
+            assert_eq!(credentials.current.read().unwrap().host, host);
+        }
+        for wrong in ["ftp://192.0.2.1", "http://", "a b"] {
+            assert!(Credentials::none_at(wrong).is_err(), "{wrong}");
+        }
     }
 }

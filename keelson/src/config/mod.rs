@@ -20,7 +20,7 @@ use keelson_api::quantity::Quantity;
 use serde_json::{Map, Value};
 
 pub(crate) use kubelet::KubeletSettings;
-pub(crate) use proxy::ProxySettings;
+pub(crate) use proxy::{PacketFilter, ProxySettings};
 pub(crate) use proxy_flags::ProxyFlags;
 pub(crate) use proxy_logging::{LogFormat, ProxyLogging};
 

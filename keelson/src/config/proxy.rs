@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -202,6 +202,13 @@ impl ProxySettings {
             Some(path) => format!("config file {}", path.display()),
             None => "flags".to_owned(),
         })?;
+        if settings
+            .hostname_override
+            .as_deref()
+            .is_some_and(|name| !name.is_empty() && name.trim().is_empty())
+        {
+            bail!("hostnameOverride: a name is wanted, not blanks");
+        }
         // As kube-proxy has it: an empty name is none, and upper case is lower case.
         settings.hostname_override = settings
             .hostname_override
@@ -250,6 +257,17 @@ mod tests {
         assert_eq!(settings.mode.as_deref(), Some("iptables"), "a flag wins");
         assert_eq!(settings.cluster_cidr.as_deref(), Some("10.244.0.0/16"));
         assert_eq!(settings.conntrack.tcp_established_timeout.as_deref(), Some("24h"));
+    }
+
+    #[test]
+    fn a_name_of_blanks_is_refused_and_an_empty_one_is_none() {
+        let named = |name: &str| {
+            let flags = ProxyFlags { hostname_override: Some(name.into()), ..Default::default() };
+            Ok::<_, anyhow::Error>(ProxySettings::read(None, &flags)?.hostname_override)
+        };
+        assert_eq!(named("").unwrap(), None);
+        assert_eq!(named(" N1 ").unwrap().as_deref(), Some("n1"));
+        assert!(named("  ").unwrap_err().to_string().contains("hostnameOverride"));
     }
 
     #[test]

@@ -8,8 +8,9 @@ use std::{
 use anyhow::{Context, bail};
 use ipnet::IpNet;
 use keelson_proxy::{DetectLocal, Mode, NodePortAddresses, ProxyConfig, REMOVE_STALE_TCP};
+use nix::net::if_::if_nametoindex;
 
-use crate::config::{ProxySettings, duration};
+use crate::config::{PacketFilter, ProxySettings, duration};
 
 /// The switch that has a config for `ipvs` served by nftables.
 const GATE_IPVS: &str = "ServeIPVSByNftables";
@@ -58,6 +59,7 @@ pub(crate) fn config(
         config.metrics_bind_address = bind_address("metricsBindAddress", address, METRICS_PORT)?;
     }
     packet_filter(settings, &mut config)?;
+    oom_score(settings)?;
     let (from, to) = (&settings.conntrack, &mut config.conntrack);
     if from.max_per_core.is_some() {
         to.max_per_core = from.max_per_core;
@@ -66,13 +68,13 @@ pub(crate) fn config(
         to.min = from.min;
     }
     to.tcp_be_liberal = from.tcp_be_liberal.unwrap_or(false);
-    for (text, field) in [
-        (&from.tcp_established_timeout, &mut to.tcp_established_timeout),
-        (&from.tcp_close_wait_timeout, &mut to.tcp_close_wait_timeout),
-        (&from.udp_timeout, &mut to.udp_timeout),
-        (&from.udp_stream_timeout, &mut to.udp_stream_timeout),
+    for (name, text, field) in [
+        ("tcpEstablishedTimeout", &from.tcp_established_timeout, &mut to.tcp_established_timeout),
+        ("tcpCloseWaitTimeout", &from.tcp_close_wait_timeout, &mut to.tcp_close_wait_timeout),
+        ("udpTimeout", &from.udp_timeout, &mut to.udp_timeout),
+        ("udpStreamTimeout", &from.udp_stream_timeout, &mut to.udp_stream_timeout),
     ] {
-        if let Some(value) = period("conntrack", text.as_deref())? {
+        if let Some(value) = period(&format!("conntrack.{name}"), text.as_deref())? {
             *field = (value > Duration::ZERO).then_some(value);
         }
     }
@@ -173,35 +175,78 @@ fn node_port_addresses(settings: &ProxySettings, mode: Mode) -> anyhow::Result<N
     }
 }
 
-/// What the packet filters have of their own.
+/// What the packet filters have of their own. That of iptables is looked at in every mode, as
+/// kube-proxy does.
 fn packet_filter(settings: &ProxySettings, config: &mut ProxyConfig) -> anyhow::Result<()> {
-    let (name, filter) = match config.mode {
-        Mode::Nftables => ("nftables", &settings.nftables),
-        Mode::Iptables | Mode::Userspace => ("iptables", &settings.iptables),
-    };
+    let usual = (config.sync_period, config.min_sync_period);
+    let mut checked = Checked::of("iptables", &settings.iptables, usual)?;
+    let mut filter = &settings.iptables;
+    if config.mode == Mode::Nftables {
+        filter = &settings.nftables;
+        checked = Checked::of("nftables", filter, usual)?;
+    }
     config.masquerade_all = filter.masquerade_all.unwrap_or(false);
-    if let Some(bit) = filter.masquerade_bit {
-        config.masquerade_bit = u8::try_from(bit)
-            .ok()
-            .filter(|bit| *bit < 32)
-            .with_context(|| format!("{name}.masqueradeBit {bit}: a bit from 0 to 31 is wanted"))?;
-    }
+    config.masquerade_bit = checked.masquerade_bit.unwrap_or(config.masquerade_bit);
     config.localhost_node_ports = filter.localhost_node_ports.unwrap_or(true);
-    // As with kube-proxy, 0 in a file is the default.
-    if let Some(value) = period(name, filter.sync_period.as_deref())?
-        && !value.is_zero()
-    {
-        config.sync_period = value;
-    }
-    if let Some(value) = period(name, filter.min_sync_period.as_deref())? {
-        config.min_sync_period = value;
-    }
+    (config.sync_period, config.min_sync_period) = checked.periods;
     Ok(())
+}
+
+/// What of a packet filter's settings has bounds.
+struct Checked {
+    masquerade_bit: Option<u8>,
+    /// `syncPeriod` and `minSyncPeriod`.
+    periods: (Duration, Duration),
+}
+
+impl Checked {
+    fn of(name: &str, filter: &PacketFilter, usual: (Duration, Duration)) -> anyhow::Result<Self> {
+        let bit = |bit: i64| u8::try_from(bit).ok().filter(|bit| *bit < 32);
+        let masquerade_bit = filter.masquerade_bit.map(|number| {
+            bit(number).with_context(|| {
+                format!("{name}.masqueradeBit {number}: a bit from 0 to 31 is wanted")
+            })
+        });
+        // As with kube-proxy, 0 in a file is the default.
+        let sync = period(&format!("{name}.syncPeriod"), filter.sync_period.as_deref())?;
+        let sync = sync.filter(|period| !period.is_zero()).unwrap_or(usual.0);
+        let min = period(&format!("{name}.minSyncPeriod"), filter.min_sync_period.as_deref())?;
+        if let Some(min) = min.filter(|min| *min > sync) {
+            bail!("{name}.minSyncPeriod {min:?}: no more than syncPeriod ({sync:?}) is wanted");
+        }
+        let periods = (sync, min.unwrap_or(usual.1));
+        Ok(Self { masquerade_bit: masquerade_bit.transpose()?, periods })
+    }
+}
+
+fn oom_score(settings: &ProxySettings) -> anyhow::Result<()> {
+    match settings.oom_score_adj {
+        Some(score) if !(-1000..=1000).contains(&score) => {
+            bail!("oomScoreAdj {score}: a number from -1000 to 1000 is wanted")
+        }
+        _ => Ok(()),
+    }
 }
 
 fn period(field: &str, text: Option<&str>) -> anyhow::Result<Option<Duration>> {
     let parse = |text| duration::parse(text).map_err(anyhow::Error::msg);
     text.map(parse).transpose().with_context(|| field.to_owned())
+}
+
+/// What is likely an oversight in how pods' traffic is told from others'.
+pub(super) fn doubt(detect_local: &DetectLocal) -> Option<String> {
+    match detect_local {
+        DetectLocal::Nothing => Some(
+            "clusterCIDR is empty: nothing tells traffic of pods from others', so what comes from \
+             outside the cluster to cluster addresses is not masqueraded"
+                .to_owned(),
+        ),
+        DetectLocal::Interface(name) if if_nametoindex(name.as_str()).is_err() => Some(format!(
+            "detectLocal.bridgeInterface {name:?}: there is no such interface yet, and traffic \
+                 that doesn't come from it counts as from outside the cluster"
+        )),
+        _ => None,
+    }
 }
 
 /// An address, with a port or the usual one; empty for none.
@@ -283,10 +328,35 @@ mod tests {
             (json!({"nodePortAddresses": ["primary", "10.0.0.0/8"]}), "nodePortAddresses"),
             (json!({"nodePortAddresses": ["x"]}), "nodePortAddresses"),
             (json!({"nftables": {"masqueradeBit": 32}}), "nftables.masqueradeBit"),
+            (json!({"iptables": {"masqueradeBit": 32}}), "iptables.masqueradeBit"),
+            (json!({"iptables": {"syncPeriod": "-1s"}}), "iptables.syncPeriod"),
+            (json!({"iptables": {"minSyncPeriod": "31s"}}), "iptables.minSyncPeriod"),
+            (
+                json!({"nftables": {"minSyncPeriod": "2s", "syncPeriod": "1s"}}),
+                "nftables.minSyncPeriod",
+            ),
+            (json!({"conntrack": {"udpTimeout": "-1s"}}), "conntrack.udpTimeout"),
+            (json!({"oomScoreAdj": 1001}), "oomScoreAdj"),
+            (json!({"oomScoreAdj": -1001}), "oomScoreAdj"),
             (json!({"healthzBindAddress": "localhost:1"}), "healthzBindAddress"),
         ] {
             let error = format!("{:#}", configured(fields).unwrap_err());
             assert!(error.contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_likely_an_oversight_is_told() {
+        let of = |fields| doubt(&configured(fields).unwrap().detect_local).unwrap_or_default();
+        let bridge = |name| json!({"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": name}});
+        assert!(of(json!({})).contains("clusterCIDR"));
+        assert!(of(bridge("no-such-bridge")).contains("\"no-such-bridge\""));
+        for clear in [
+            json!({"clusterCIDR": "10.0.0.0/8"}),
+            bridge("lo"),
+            json!({"detectLocalMode": "NodeCIDR"}),
+        ] {
+            assert_eq!(of(clear), "");
         }
     }
 }

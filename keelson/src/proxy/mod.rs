@@ -93,6 +93,9 @@ async fn serve(
     if let (DetectLocal::Nothing, Some(facts)) = (&config.detect_local, &credentials.facts) {
         config.detect_local = DetectLocal::Ranges(vec![facts.cluster_cidr]);
     }
+    if let Some(doubt) = config::doubt(&config.detect_local) {
+        tracing::warn!("{doubt}");
+    }
     protect(settings.oom_score_adj.unwrap_or(OOM_SCORE_ADJ));
     let healthz = config.healthz_bind_address;
     let shutdown = run::shutdown_on_signal()?;
@@ -156,16 +159,19 @@ async fn config_changed(
     Ok(())
 }
 
-/// How to reach the API server: as a kubeconfig says, or as the pod that this runs in may.
+/// How to reach the API server: as a kubeconfig says, without credentials at a URL, or as the pod
+/// that this runs in may.
 async fn credentials(args: &ProxyArgs, settings: &ProxySettings) -> anyhow::Result<Credentials> {
     let given = args.kubeconfig.as_ref().or(settings.client_connection.kubeconfig.as_ref());
     let server = args.master.as_deref().filter(|server| !server.is_empty());
     match given.filter(|path| !path.as_os_str().is_empty()) {
         Some(path) => Credentials::read_for(path, server).await,
-        None if server.is_some() => bail!("--master: --kubeconfig is needed too, for credentials"),
-        None => Credentials::of_this_pod().context(
-            "outside a pod --kubeconfig, or clientConnection.kubeconfig in --config, is needed",
-        ),
+        None => match server {
+            Some(server) => Credentials::none_at(server).context("--master"),
+            None => Credentials::of_this_pod().context(
+                "outside a pod --kubeconfig, or clientConnection.kubeconfig in --config, is needed",
+            ),
+        },
     }
 }
 
