@@ -55,9 +55,12 @@ pub(crate) fn remove_others(
     {
         failed(ProxyError::Relays(error.to_string()));
     }
-    if mode != Mode::Iptables
-        && !stop.is_cancelled()
-        && let Err(error) = iptables::cleanup(family)
+    let of_iptables = match mode {
+        Mode::Iptables => iptables::cleanup_other_variant,
+        _ => iptables::cleanup,
+    };
+    if !stop.is_cancelled()
+        && let Err(error) = of_iptables(family)
     {
         failed(ProxyError::Iptables(error.to_string()));
     }
@@ -149,6 +152,30 @@ mod tests {
         let left = host.sh("iptables-save; ip -o link");
         assert!(!left.contains("KUBE-") && !left.contains("kube-ipvs0"), "{left}");
         assert!(left.contains("-A INPUT -j MINE"), "{left}");
+    }
+
+    #[test]
+    fn the_other_iptables_has_no_rules_beside_those_in_force() {
+        let host = Namespace::new();
+        // What the host calls iptables writes nftables here.
+        host.sh("iptables -t nat -N KUBE-SERVICES; iptables -t nat -A OUTPUT -j KUBE-SERVICES");
+        let kept = host.sh("iptables-save -t nat");
+        for ipt in ["iptables-legacy -t nat", "ip6tables-legacy -t nat"] {
+            host.sh(&format!(
+                "{ipt} -N KUBE-SERVICES; {ipt} -A OUTPUT -j KUBE-SERVICES; \
+                 {ipt} -N KUBE-SVC-ERIFXISQEP7F7OF4; {ipt} -A PREROUTING -j RETURN; \
+                 {ipt} -A KUBE-SERVICES -p udp -j KUBE-SVC-ERIFXISQEP7F7OF4"
+            ));
+        }
+        for family in [Family::V4, Family::V6] {
+            let stop = CancellationToken::new();
+            host.run(move || remove_others(Mode::Iptables, family, None, &stop).unwrap());
+        }
+        let left = host.sh("iptables-legacy-save; ip6tables-legacy-save");
+        assert!(!left.contains("KUBE-"), "{left}");
+        assert_eq!(left.matches("-A PREROUTING -j RETURN").count(), 2, "{left}");
+        let rules = |saved: &str| saved.lines().filter(|l| !l.starts_with('#')).count();
+        assert_eq!(rules(&host.sh("iptables-save -t nat")), rules(&kept));
     }
 
     #[test]

@@ -348,6 +348,33 @@ pub(crate) fn cleanup(family: Family) -> Result<(), BackendError> {
     }
 }
 
+/// Removes the chains and rules of any proxy that the variant has which is not the host's: one
+/// that ran with it would go on translating. Where there surely are none, or it isn't installed,
+/// nothing is run.
+///
+/// # Errors
+/// As [`cleanup`].
+pub(crate) fn cleanup_other_variant(family: Family) -> Result<(), BackendError> {
+    let other = match Programs::find(family, Variant::Host)?.legacy {
+        true => Variant::Nft,
+        false => Variant::Legacy,
+    };
+    let some = match other {
+        Variant::Legacy => has_legacy_tables(family),
+        _ => look::has_chain(family, |chain| chain.starts_with("KUBE-")).unwrap_or(true),
+    };
+    if !some {
+        return Ok(());
+    }
+    match Programs::find(family, other) {
+        Ok(programs) => remove(&programs),
+        Err(error) => {
+            tracing::debug!(%error, "no rules of the other iptables are removed");
+            Ok(())
+        }
+    }
+}
+
 fn remove(programs: &Programs) -> Result<(), BackendError> {
     let present = read(programs)?;
     let mut delta = Delta { outdated: present.outdated, ..Delta::default() };
@@ -372,7 +399,12 @@ fn remove(programs: &Programs) -> Result<(), BackendError> {
         delta.unchained.extend(present.guest_chains);
     }
     let input = Script::of(&delta).text();
-    if input.is_empty() { Ok(()) } else { programs.restore(input) }
+    if input.is_empty() {
+        return Ok(());
+    }
+    programs.restore(input)?;
+    tracing::info!(iptables = programs.version, "rules of a proxy are removed");
+    Ok(())
 }
 
 /// Everything that the kernel holds.

@@ -54,7 +54,7 @@ mod kernel_test;
 mod refusal_test;
 
 pub(crate) use self::{
-    apply::{Rules, cleanup},
+    apply::{Rules, cleanup, cleanup_other_variant},
     text::text,
 };
 pub(crate) use compare::missing;
