@@ -18,8 +18,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     DetectLocal, Family, Mode, ProxyConfig, ProxyError,
+    backend::Goal,
     condition::Condition,
-    conntrack::Cleaner,
+    conntrack::{self, Cleaner, stale::Expected},
     drift::{self, Hearing},
     health::{self, Health, Pages, Server, Slis},
     health_check::{self, HealthChecks, Listening},
@@ -132,9 +133,11 @@ pub async fn run_with_registry(
         .with_stale_tcp(config.conntrack.remove_stale_tcp)
         .with_health_checks(HealthChecks::new(published))
         .stopped_by(shutdown.clone())
-        .when_in_force(move |family| {
+        .when_in_force(move |family, Goal { desired, objects }| {
+            let relayed = (mode == Mode::Userspace)
+                .then(|| Expected::of(desired, objects, &[family], false).untranslated());
             // There is room for all of them.
-            let _ = in_force.try_send(family);
+            let _ = in_force.try_send((family, relayed));
         });
     tasks.spawn(remove_others(mode, metrics, begun, shutdown.clone()));
     let looping = Looping::start(proxier, queue)?;
@@ -278,23 +281,28 @@ fn watch_cluster(
     tasks.spawn(watches::node(client.clone(), node, place, changes, shutdown.clone()));
 }
 
-/// Removes what other modes left of each family, once its rules are in force. Programs are run for
+/// Removes what other modes left of each family, once its rules are in force, and has flows forgotten
+/// that they translated, where only relays serve. Programs are run for
 /// it, which no change should wait for.
 async fn remove_others(
     mode: Mode,
     metrics: Metrics,
-    mut begun: mpsc::Receiver<Family>,
+    mut begun: mpsc::Receiver<(Family, Option<Expected>)>,
     shutdown: CancellationToken,
 ) {
     loop {
-        let family = tokio::select! {
-            family = begun.recv() => family,
+        let begun = tokio::select! {
+            begun = begun.recv() => begun,
             () = shutdown.cancelled() => return,
         };
-        let Some(family) = family else { return };
+        let Some((family, relayed)) = begun else { return };
         let (metrics, stop) = (metrics.clone(), shutdown.clone());
         let removed = tokio::task::spawn_blocking(move || {
-            leftovers::remove_others(mode, family, Some(&metrics), &stop)
+            let removed = leftovers::remove_others(mode, family, Some(&metrics), &stop);
+            if let Some(relayed) = relayed {
+                conntrack::forget_translated(&relayed);
+            }
+            removed
         });
         if removed.await.is_err() {
             tracing::error!("rules of other modes stay: their removal panicked");

@@ -155,6 +155,39 @@ fn another_mode_takes_over_and_what_relays_need_goes_with_them() {
 }
 
 #[test]
+fn flows_that_another_mode_translated_come_to_the_relays() {
+    let lists = |path: &str| match path {
+        "/api/v1/services" => {
+            json!({"kind": "ServiceList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": [
+                {"metadata": {"name": "dns", "namespace": "d", "resourceVersion": "1"},
+                 "spec": {"clusterIP": "10.96.0.53", "ports": [{"port": 53, "protocol": "UDP"}]}},
+            ]})
+        }
+        "/apis/discovery.k8s.io/v1/endpointslices" => {
+            json!({"kind": "EndpointSliceList", "apiVersion": "discovery.k8s.io/v1",
+                   "metadata": {"resourceVersion": "1"}, "items": []})
+        }
+        path => answer(path),
+    };
+    let host = Namespace::new();
+    // As rules of another mode left it, and a port of the host's that is no Service's.
+    for (to, port, from) in [("10.96.0.53", 53, 1000), ("192.0.2.7", 5353, 1001)] {
+        host.sh(&format!(
+            "conntrack -I -p udp -t 300 -s 10.244.0.9 --sport {from} -d {to} --dport {port} \
+             -r 10.244.0.5 --reply-port-src 53 -q 10.244.0.9 --reply-port-dst {from}"
+        ));
+    }
+    let tracked = || host.sh("conntrack -L -p udp 2>/dev/null");
+    assert!(tracked().contains("dst=10.96.0.53"), "{}", tracked());
+    let userspace = ProxyConfig { mode: Mode::Userspace, ..ProxyConfig::new("here") };
+    let (shutdown, running) = ApiServer { lists, events: None }.run(&host, userspace);
+    until("the flow is forgotten", || !tracked().contains("dst=10.96.0.53"));
+    assert!(tracked().contains("dst=192.0.2.7"), "{}", tracked());
+    shutdown.cancel();
+    running.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_port_in_use_is_named() {
     let host = Namespace::new();
     let error = host.run(|| {

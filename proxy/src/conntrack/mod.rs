@@ -21,6 +21,7 @@ mod table_test;
 
 use std::{
     io,
+    path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -35,6 +36,8 @@ pub(crate) use table::ConntrackTable;
 
 /// How many stale connections may wait: a few megabytes. With more, everything is compared.
 const WAITING_MAX: usize = 65_536;
+/// It is there where connections are tracked.
+const TRACKED: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 /// The first and the longest wait before what the kernel refused is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
 
@@ -196,6 +199,34 @@ impl Drop for Cleaner {
         self.backlog.changed.notify_all();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the thread that removes stale connections panicked");
+        }
+    }
+}
+
+/// Forgets what other modes' rules, gone by now, translated and where relays serve: the kernel would
+/// go on translating it. In the network namespace of the calling thread; does nothing where nothing
+/// tracks connections.
+pub(crate) fn forget_translated(expected: &Expected) {
+    // The socket alone would have the kernel load what tracks connections.
+    if !Path::new(TRACKED).exists() {
+        return;
+    }
+    let mut table = match ConntrackTable::open() {
+        Ok(table) => table,
+        Err(error) => {
+            tracing::warn!(%error, "flows that were translated stay with their endpoints");
+            return;
+        }
+    };
+    for family in expected.families() {
+        match Table::compare(&mut table, family, expected) {
+            Ok(deleted) => {
+                tracing::info!(deleted, family = family.as_str(), "translated flows are forgotten");
+            }
+            Err(error) => tracing::warn!(
+                %error, family = family.as_str(),
+                "flows that were translated stay with their endpoints"
+            ),
         }
     }
 }

@@ -220,6 +220,12 @@ impl Expected {
         Self { families: families.to_vec(), frontends, tcp: served.into(), node_addresses, alive }
     }
 
+    /// The same where nothing is translated any more: every flow that still is.
+    pub(crate) fn untranslated(mut self) -> Self {
+        self.frontends.values_mut().for_each(|endpoints| *endpoints = Vec::new());
+        Self { tcp: Box::default(), alive: None, ..self }
+    }
+
     /// Which families there are.
     pub(crate) fn families(&self) -> impl Iterator<Item = Family> {
         self.families.iter().copied()

@@ -39,7 +39,7 @@ use self::{
     wanted::Wanted,
 };
 use crate::{
-    backend::Backend,
+    backend::{Backend, Goal},
     health_check::HealthChecks,
     model::{Family, Problem},
     ruleset::{
@@ -50,6 +50,9 @@ use crate::{
 };
 
 pub(crate) use reports::Reports;
+
+/// What is to be done for a family at its first commit, with what is desired.
+type WhenInForce = Box<dyn FnMut(Family, Goal<'_>) + Send>;
 
 /// How many changes are taken in before a commit: a flood must not put it off for ever.
 const BURST: usize = 100_000;
@@ -66,7 +69,7 @@ pub(crate) struct Proxier {
     unplanned: BTreeMap<ObjectKey, Instant>,
     pace: Pace,
     /// What is to be done when rules of a family are in force for the first time.
-    when_in_force: Option<Box<dyn FnMut(Family) + Send>>,
+    when_in_force: Option<WhenInForce>,
     /// The kernel's number for the state of its tables after the last commit.
     generation: Option<u32>,
     stop: CancellationToken,
@@ -133,7 +136,7 @@ impl Proxier {
     }
 
     /// Does something for each family, once, when its rules are in force for the first time.
-    pub(crate) fn when_in_force(self, then: impl FnMut(Family) + Send + 'static) -> Self {
+    pub(crate) fn when_in_force(self, then: impl FnMut(Family, Goal<'_>) + Send + 'static) -> Self {
         Self { when_in_force: Some(Box::new(then)), ..self }
     }
 
@@ -346,7 +349,7 @@ impl Proxier {
                         stale.extend(left);
                     }
                     if let Some(then) = self.when_in_force.as_mut().filter(|_| first) {
-                        then(keeper.family());
+                        then(keeper.family(), self.wanted.goal());
                     }
                 }
             }

@@ -218,7 +218,8 @@ fn each_family_is_told_of_when_it_is_in_force_for_the_first_time() {
     let told = Arc::new(Mutex::new(Vec::new()));
     let telling = Arc::clone(&told);
     let mut trial = Trial::new();
-    trial.proxier = trial.proxier.when_in_force(move |family| telling.lock().unwrap().push(family));
+    trial.proxier =
+        trial.proxier.when_in_force(move |family, _| telling.lock().unwrap().push(family));
     trial.script(Family::V6).fails = true;
     trial.commit();
     assert_eq!(*told.lock().unwrap(), [Family::V4], "the rules of other modes go for it alone");
