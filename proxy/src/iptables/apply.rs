@@ -10,7 +10,7 @@ use keelson_api::object::ObjectKey;
 
 use super::{
     Settings, Variant,
-    base::{CHAINS, GUARD, guard},
+    base::{CHAINS, GUARD, LOCALNET_SET, guard},
     canary::Canary,
     chain::Table,
     counters::Counters,
@@ -203,11 +203,24 @@ impl Rules {
         if !self.settings.node_ports_on_loopback() {
             return;
         }
+        let closed = self.programs.setting(ROUTE_LOCALNET).is_ok_and(|value| value == "0");
         if let Err(error) = self.programs.set(ROUTE_LOCALNET, "1") {
             tracing::warn!(
                 %error, setting = ROUTE_LOCALNET,
                 "node ports won't answer on loopback addresses; set it, or localhostNodePorts to false"
             );
+            return;
+        }
+        let mut held = self.held();
+        held.note |= closed;
+        if held.note && !held.present.noted {
+            match self.programs.restore(format!("*filter\n:{LOCALNET_SET} - [0:0]\nCOMMIT\n")) {
+                Ok(()) => held.present.noted = true,
+                Err(error) => tracing::warn!(
+                    %error, setting = ROUTE_LOCALNET,
+                    "no note of who set it: another mode will leave it set, and guarded"
+                ),
+            }
         }
     }
 }
@@ -331,21 +344,33 @@ pub(crate) fn cleanup(family: Family) -> Result<(), BackendError> {
     if !nft && !has_legacy_tables(family) {
         return Ok(());
     }
-    let mut found = false;
+    let mut found = Vec::new();
     for variant in [Variant::Nft, Variant::Legacy] {
         match Programs::find(family, variant) {
-            Ok(programs) => {
-                found = true;
-                remove(&programs)?;
-            }
+            Ok(programs) => found.push(programs),
             Err(error) => tracing::debug!(%error, "no rules of this iptables are removed"),
         }
     }
-    match Programs::find(family, Variant::Host) {
+    if found.is_empty() {
         // A host that has but one calls it nothing else.
-        Ok(programs) if !found => remove(&programs),
-        _ => Ok(()),
+        found.extend(Programs::find(family, Variant::Host));
     }
+    found.iter().try_for_each(close_loopback)?;
+    found.iter().try_for_each(remove)
+}
+
+/// Sets `route_localnet` back if the iptables mode has set it, while its guard is still there.
+fn close_loopback(programs: &Programs) -> Result<(), BackendError> {
+    let mut present = Present::default();
+    observe::read(Table::Filter, &programs.save(Table::Filter)?, &mut present);
+    if !present.noted {
+        return Ok(());
+    }
+    match programs.set(ROUTE_LOCALNET, "0") {
+        Ok(()) => tracing::info!(setting = ROUTE_LOCALNET, "set back to 0, as it was"),
+        Err(error) => tracing::warn!(%error, setting = ROUTE_LOCALNET, "it can't be set back"),
+    }
+    Ok(())
 }
 
 /// Removes the chains and rules of any proxy that the variant has which is not the host's: one
@@ -384,7 +409,7 @@ fn remove(programs: &Programs) -> Result<(), BackendError> {
     if guarded && !present.guest_chains.is_empty() {
         tracing::info!(
             "{GUARD} stays, since {ROUTE_LOCALNET} is 1: without it neighbours could reach loopback \
-             addresses"
+             addresses. It is not looked after from now on"
         );
     }
     let goes = |jump: &Jump| !(guarded && jump.rule.ends_with(GUARD));
@@ -397,6 +422,9 @@ fn remove(programs: &Programs) -> Result<(), BackendError> {
     delta.unchained.extend(present.of_ipvs);
     if !guarded {
         delta.unchained.extend(present.guest_chains);
+        if present.noted {
+            delta.unchained.push((Table::Filter, LOCALNET_SET));
+        }
     }
     let input = Script::of(&delta).text();
     if input.is_empty() {

@@ -78,6 +78,8 @@ pub(crate) struct Present {
     pub(crate) of_ipvs: Vec<(Table, &'static str)>,
     /// All rules in others' chains that lead to a proxy's.
     pub(crate) jumps: Vec<Jump>,
+    /// Whether the note of who has set `route_localnet` is there.
+    pub(crate) noted: bool,
 }
 
 /// A rule in somebody else's chain that leads to a proxy's chain, whoever wrote it.
@@ -151,6 +153,8 @@ pub(crate) struct Held {
     services: HashMap<Arc<ObjectKey>, Entry>,
     frontends: HashMap<Frontend, Arc<ObjectKey>>,
     endpoints: usize,
+    /// Whether the note of who has set `route_localnet` should be there.
+    pub(crate) note: bool,
 }
 
 impl Held {
@@ -180,6 +184,8 @@ impl Held {
     /// Takes over what was read from the kernel. Whose it is must be entered anew.
     pub(crate) fn observed(&mut self, present: Present) {
         self.version += 1;
+        // Who flushes all rules doesn't set that back.
+        self.note |= present.noted;
         self.present = present;
         self.services.clear();
         self.endpoints = 0;

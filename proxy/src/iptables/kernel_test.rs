@@ -468,6 +468,28 @@ fn loopback_is_guarded_before_node_ports_answer_there() {
 }
 
 #[test]
+fn a_clean_up_sets_back_what_the_mode_has_set_and_nothing_else() {
+    for (before, variant) in
+        [("0", Variant::Nft), ("0", Variant::Legacy), ("1", Variant::Nft), ("1", Variant::Legacy)]
+    {
+        let host = Namespace::new();
+        let setting = "net.ipv4.conf.all.route_localnet";
+        host.sh(&format!("sysctl -qw {setting}={before}"));
+        for _ in 0..2 {
+            // A second start finds the setting as the first one left it.
+            let mut proxy = Proxy::start(&host, Settings { variant, ..settings(Family::V4) });
+            proxy.synchronize();
+            assert_eq!(host.sh(&format!("sysctl -n {setting}")).trim(), "1");
+        }
+        host.run(|| [Family::V6, Family::V4].map(|family| cleanup(family).unwrap()));
+        assert_eq!(host.sh(&format!("sysctl -n {setting}")).trim(), before, "{variant:?}");
+        let left = saved(&host, Family::V4, variant);
+        assert_eq!(left.contains("block incoming localnet"), before == "1", "{left}");
+        assert!(!left.contains("KEELSON-"), "{left}");
+    }
+}
+
+#[test]
 fn many_endpoints_go_without_comments() {
     let host = Namespace::new();
     let mut proxy = Proxy::start(&host, settings(Family::V4));

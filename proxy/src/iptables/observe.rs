@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    base::{CHAINS, GUARD, OF_IPVS, all_guests},
+    base::{CHAINS, GUARD, LOCALNET_SET, OF_IPVS, all_guests},
     chain::{OwnChain, Place, Table, is_outdated},
     held::{Contents, Jump, Lines, Present},
 };
@@ -25,6 +25,7 @@ pub(crate) fn read(table: Table, text: &str, present: &mut Present) {
     for line in text.lines() {
         if let Some(declared) = line.strip_prefix(':') {
             let name = declared.split(' ').next().unwrap_or_default();
+            present.noted |= table == Table::Filter && name == LOCALNET_SET;
             match reader(table, name) {
                 Reader::Own(chain) => {
                     own.entry(chain).or_default();
