@@ -258,6 +258,9 @@ pub(crate) fn stop(paths: &Paths, part: Part, patience: Duration) -> anyhow::Res
     bail!("process {pid} did not end");
 }
 
+/// What has a command do one thing and end.
+const ONCE: [&[u8]; 4] = [b"--cleanup", b"--cleanup=true", b"--init-only", b"--dry-run"];
+
 /// Another process of this program that keeps Service rules in this network namespace.
 pub(crate) fn other_proxy() -> Option<u32> {
     let network = fs::read_link("/proc/self/ns/net").ok()?;
@@ -271,12 +274,31 @@ pub(crate) fn other_proxy() -> Option<u32> {
     })
 }
 
-/// Whether a command line, its parts ended by zeros, is `keelson up` or `keelson proxy`.
+/// The process that keeps Service rules in this network namespace, as far as it can be seen: also
+/// one in another process namespace that holds these folders.
+///
+/// # Errors
+/// When the record of who holds them can't be read.
+pub(crate) fn rule_keeper(paths: &Paths) -> anyhow::Result<Option<u32>> {
+    if let Some(other) = other_proxy() {
+        return Ok(Some(other));
+    }
+    if !is_running(paths, Part::Proxy) {
+        return Ok(None);
+    }
+    let holder = read(paths, Part::Proxy)?.and_then(|record| u32::try_from(record.pid).ok());
+    // One that is seen and was not found above is in another network.
+    Ok(holder.filter(|pid| !Path::new("/proc").join(pid.to_string()).exists()))
+}
+
+/// Whether a command line, its parts ended by zeros, is `keelson up` or `keelson proxy`, and not one
+/// that only removes or prints.
 fn keeps_rules(arguments: &[u8]) -> bool {
     let mut parts = arguments.split(|byte| *byte == 0);
     let program = parts.next().and_then(|program| program.rsplit(|byte| *byte == b'/').next());
     let ours = program == Some(b"keelson".as_slice()) || arguments.starts_with(b"/proc/self/exe\0");
     let command = parts.find(|part| !part.starts_with(b"-"));
+    let ours = ours && !parts.any(|part| ONCE.contains(&part));
     ours && (command == Some(b"up".as_slice()) || command == Some(b"proxy".as_slice()))
 }
 
@@ -334,10 +356,17 @@ mod tests {
 
     #[test]
     fn who_keeps_rules_is_known_by_its_command_line() {
-        for line in ["/usr/bin/keelson up --demo", "keelson proxy", "/proc/self/exe up -x"] {
+        for line in [
+            "/usr/bin/keelson up --demo",
+            "keelson proxy",
+            "/proc/self/exe up -x",
+            "keelson proxy --cleanup=false",
+        ] {
             assert!(keeps_rules(line.replace(' ', "\0").as_bytes()), "{line}");
         }
-        for line in ["keelson down", "keelson agent up", "vi up", ""] {
+        for line in
+            ["keelson down", "keelson agent up", "vi up", "", "keelson proxy -v=2 --cleanup"]
+        {
             assert!(!keeps_rules(line.replace(' ', "\0").as_bytes()), "{line}");
         }
     }

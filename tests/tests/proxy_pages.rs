@@ -172,6 +172,11 @@ fn a_daemon_set_of_kube_proxys_finds_what_it_knows() {
     let proxy = node.proxy(&["-v=2", "--ipvs-scheduler=rr"]);
     node.spawn(proxy, "proxy.log");
     pages_are_as_documented(&node);
+    // It would write again what another one removes.
+    let beside = run(&mut node.proxy(&["--cleanup"]));
+    let said = String::from_utf8_lossy(&beside.stderr).into_owned();
+    let keeper = format!("process {} keeps the rules", node.children[1].id());
+    assert!(!beside.status.success() && said.contains(&keeper), "{said}");
     let log = node.log("proxy.log");
     for said in [
         "line 5: unknown field \"resourceContainer\"",

@@ -54,7 +54,7 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
         return initialize(&settings);
     }
     if args.cleanup {
-        return cleanup();
+        return cleanup(args);
     }
     run::block_on(serve(args, &settings, file))
 }
@@ -70,8 +70,15 @@ fn initialize(settings: &ProxySettings) -> anyhow::Result<()> {
     })
 }
 
-/// Removes every rule.
-fn cleanup() -> anyhow::Result<()> {
+/// Removes every rule, where nobody would write them again.
+fn cleanup(args: &ProxyArgs) -> anyhow::Result<()> {
+    let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
+    if let Some(keeper) = instance::rule_keeper(&paths)? {
+        bail!(
+            "process {keeper} keeps the rules of this network and would write them again: stop it \
+             first (`kill {keeper}`, or by what started it), then clean up"
+        );
+    }
     run::block_on(async {
         let cleanup = tokio::task::spawn_blocking(keelson_proxy::cleanup).await;
         cleanup.context("remove the proxy's rules")?.context("remove the proxy's rules")?;
