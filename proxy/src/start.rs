@@ -388,6 +388,8 @@ mod tests {
         mpsc,
     };
 
+    use tokio::sync::Notify;
+
     use super::*;
 
     #[test]
@@ -454,7 +456,10 @@ mod tests {
     async fn a_try_that_hangs_can_be_given_up() {
         let (release, hangs) = mpsc::channel::<()>();
         let hangs = Arc::new(Mutex::new(hangs));
+        let begun = Arc::new(Notify::new());
+        let begins = Arc::clone(&begun);
         let open = move || {
+            begins.notify_one();
             // Until the other end is gone.
             let _ = hangs.lock().unwrap().recv();
             Ok(chosen(Vec::new()))
@@ -462,7 +467,7 @@ mod tests {
         let shutdown = CancellationToken::new();
         let trying = wait_while_busy(open, PATIENCE, tokio::time::sleep);
         let stop = async {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            begun.notified().await;
             shutdown.cancel();
         };
         let (given_up, ()) = tokio::join!(unless_stopped(trying, &shutdown), stop);
