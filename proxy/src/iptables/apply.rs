@@ -116,7 +116,7 @@ impl Rules {
     /// Brings these Services in line; `whole`, if all that they share is to be looked at too.
     pub(super) fn commit(
         &mut self,
-        keys: &BTreeSet<Arc<ObjectKey>>,
+        keys: &BTreeSet<ObjectKey>,
         whole: Whole,
         goal: Goal<'_>,
         applied: &mut Applied,
@@ -158,9 +158,9 @@ impl Rules {
 
     fn render(
         &self,
-        keys: impl Iterator<Item = Arc<ObjectKey>>,
+        keys: impl Iterator<Item = ObjectKey>,
         goal: Goal<'_>,
-    ) -> Vec<(Arc<ObjectKey>, Option<Rendered>)> {
+    ) -> Vec<(ObjectKey, Option<Rendered>)> {
         let look = self.look();
         keys.map(|key| {
             let rendered = Rendered::of(&key, goal.objects, goal.desired, look);
@@ -270,12 +270,12 @@ impl Backend for Rules {
     }
 
     fn apply(&mut self, units: &[Unit], goal: Goal<'_>) -> Result<Applied, BackendError> {
-        let mut keys: BTreeSet<Arc<ObjectKey>> = BTreeSet::new();
+        let mut keys: BTreeSet<ObjectKey> = BTreeSet::new();
         let mut whole = Whole::No;
         for unit in units.iter().filter(|unit| unit.family() == self.settings.family) {
             match unit {
                 Unit::Frontend(frontend) => {
-                    keys.extend(goal.desired.owner(frontend).cloned().map(Arc::new));
+                    keys.extend(goal.desired.owner(frontend).cloned());
                     keys.extend(self.held().owner(frontend).cloned());
                 }
                 Unit::Address(AddressSet::NodeAddresses, _) => whole = Whole::Base,

@@ -1,7 +1,5 @@
 //! What the kernel lacks of one Service's rules, for who asks why a packet goes where it goes.
 
-use std::sync::Arc;
-
 use keelson_api::object::ObjectKey;
 
 use super::{
@@ -31,7 +29,7 @@ pub(crate) fn missing(
     let input = |commented| {
         let look = Look { settings, node: &node, commented };
         let rendered = Rendered::of(service, goal.objects, goal.desired, look);
-        let services = vec![(Arc::new(service.clone()), Some(rendered))];
+        let services = vec![(service.clone(), Some(rendered))];
         Script::of(&held.plan(&Next { base: None, services, sweep: false })).text()
     };
     let commented = input(true);

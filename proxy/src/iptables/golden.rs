@@ -1,6 +1,6 @@
 //! Rules as text, against files that were looked at.
 
-use std::{net::IpAddr, sync::Arc};
+use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
@@ -41,7 +41,7 @@ fn rendered(settings: &Settings, objects: Vec<Value>, commented: bool) -> String
     let look = Look { settings, node: &node, commented };
     let services = table
         .keys()
-        .map(|key| (Arc::new(key.clone()), Some(Rendered::of(key, &table, &desired, look))))
+        .map(|key| (key.clone(), Some(Rendered::of(key, &table, &desired, look))))
         .collect();
     Script::of(&Held::default().plan(&Next { base: None, services, sweep: false })).text()
 }

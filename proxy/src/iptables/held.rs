@@ -96,7 +96,7 @@ pub(crate) struct Next {
     /// What Services share, if that is looked at.
     pub(crate) base: Option<Base>,
     /// Services; `None` if one is gone.
-    pub(crate) services: Vec<(Arc<ObjectKey>, Option<Rendered>)>,
+    pub(crate) services: Vec<(ObjectKey, Option<Rendered>)>,
     /// Whether what is there and isn't named above has to go, but for that of refused Services.
     pub(crate) sweep: bool,
 }
@@ -150,8 +150,8 @@ pub(crate) struct Held {
     pub(crate) present: Present,
     /// Grows when rules are read, or may have been written.
     pub(crate) version: u64,
-    services: HashMap<Arc<ObjectKey>, Entry>,
-    frontends: HashMap<Frontend, Arc<ObjectKey>>,
+    services: HashMap<ObjectKey, Entry>,
+    frontends: HashMap<Frontend, ObjectKey>,
     endpoints: usize,
     /// Whether the note of who has set `route_localnet` should be there.
     pub(crate) note: bool,
@@ -159,12 +159,12 @@ pub(crate) struct Held {
 
 impl Held {
     /// Which Service has a frontend, as far as the kernel knows.
-    pub(crate) fn owner(&self, frontend: &Frontend) -> Option<&Arc<ObjectKey>> {
+    pub(crate) fn owner(&self, frontend: &Frontend) -> Option<&ObjectKey> {
         self.frontends.get(frontend)
     }
 
     /// All Services that have something there, but those whose new rules were refused.
-    pub(crate) fn services(&self) -> impl Iterator<Item = &Arc<ObjectKey>> {
+    pub(crate) fn services(&self) -> impl Iterator<Item = &ObjectKey> {
         self.services.iter().filter_map(|(key, entry)| (!entry.refused).then_some(key))
     }
 
@@ -174,7 +174,7 @@ impl Held {
     }
 
     /// How many endpoints there will be once these Services are as they should be.
-    pub(crate) fn endpoints_after(&self, services: &[(Arc<ObjectKey>, Option<Rendered>)]) -> usize {
+    pub(crate) fn endpoints_after(&self, services: &[(ObjectKey, Option<Rendered>)]) -> usize {
         services.iter().fold(self.endpoints, |count, (key, next)| {
             let before = self.services.get(key).map_or(0, |entry| entry.endpoints);
             (count + next.as_ref().map_or(0, Rendered::endpoints)).saturating_sub(before)
@@ -195,7 +195,7 @@ impl Held {
     /// chains. `desired` are its frontends, in case it has rules of an earlier run.
     pub(crate) fn keep(
         &mut self,
-        service: &Arc<ObjectKey>,
+        service: &ObjectKey,
         chains: BTreeSet<OwnChain>,
         desired: impl Iterator<Item = Frontend>,
     ) {
@@ -204,7 +204,7 @@ impl Held {
         let mut frontends: Vec<Frontend> = known.map(|(frontend, _)| *frontend).collect();
         if frontends.is_empty() && !lines.is_empty() {
             frontends = desired.filter(|f| !self.frontends.contains_key(f)).collect();
-            let owned = frontends.iter().map(|frontend| (*frontend, Arc::clone(service)));
+            let owned = frontends.iter().map(|frontend| (*frontend, service.clone()));
             self.frontends.extend(owned);
         }
         let entry = Entry {
@@ -215,7 +215,7 @@ impl Held {
             refused: true,
         };
         self.endpoints += entry.endpoints;
-        if let Some(before) = self.services.insert(Arc::clone(service), entry) {
+        if let Some(before) = self.services.insert(service.clone(), entry) {
             self.endpoints -= before.endpoints;
         }
     }
@@ -349,7 +349,7 @@ impl Held {
             self.endpoints -= entry.endpoints;
             touched.extend(entry.frontends);
         }
-        let keys: HashSet<&Arc<ObjectKey>> = next.services.iter().map(|(key, _)| key).collect();
+        let keys: HashSet<&ObjectKey> = next.services.iter().map(|(key, _)| key).collect();
         if next.base.is_some() {
             // Everything was read anew, and whose it was is only known from here.
             touched.extend(self.frontends.keys());
@@ -371,7 +371,7 @@ impl Held {
                 frontends: rendered.frontends.iter().copied().collect(),
                 refused: false,
             };
-            let owned = rendered.frontends.into_iter().map(|f| (f, Arc::clone(&key)));
+            let owned = rendered.frontends.into_iter().map(|f| (f, key.clone()));
             self.frontends.extend(owned);
             self.endpoints += entry.endpoints;
             self.services.insert(key, entry);

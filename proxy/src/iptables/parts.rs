@@ -5,10 +5,7 @@
 //! Otherwise the Services that are refused by themselves are found by halves; each keeps its old
 //! rules, and all that nobody needs any more goes nevertheless.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    sync::Arc,
-};
+use std::collections::{BTreeSet, HashMap};
 
 use keelson_api::object::ObjectKey;
 
@@ -43,7 +40,7 @@ const SHORTAGES: [&str; 7] = [
 #[derive(Default)]
 struct Parts {
     /// Services that were refused by themselves, and why.
-    refused: Vec<(Arc<ObjectKey>, BackendError)>,
+    refused: Vec<(ObjectKey, BackendError)>,
     /// Whether any Service had something written.
     wrote: bool,
 }
@@ -67,8 +64,7 @@ impl Rules {
         if self.held().present.is_empty() {
             applied.rebuilt = Some("there were no rules".to_owned());
         }
-        let keys: BTreeSet<Arc<ObjectKey>> =
-            goal.objects.keys().map(|key| Arc::new(key.clone())).collect();
+        let keys: BTreeSet<ObjectKey> = goal.objects.keys().cloned().collect();
         match self.commit(&keys, Whole::Swept, goal, &mut applied) {
             Ok(()) => {}
             Err(Refusal { error, .. }) if is_nobodys(&error) => return Err(error),
@@ -82,7 +78,7 @@ impl Rules {
     fn write_parts(
         &mut self,
         error: BackendError,
-        mut keys: BTreeSet<Arc<ObjectKey>>,
+        mut keys: BTreeSet<ObjectKey>,
         goal: Goal<'_>,
         applied: &mut Applied,
     ) -> Result<(), BackendError> {
@@ -134,7 +130,7 @@ impl Rules {
     /// Writes these Services, and by halves those that are not refused by themselves.
     fn write_halves(
         &mut self,
-        keys: &BTreeSet<Arc<ObjectKey>>,
+        keys: &BTreeSet<ObjectKey>,
         goal: Goal<'_>,
         applied: &mut Applied,
         parts: &mut Parts,
@@ -149,7 +145,7 @@ impl Rules {
             _ if is_nobodys(&error) => Err(error),
             0 => Err(error),
             1 => {
-                parts.refused.extend(keys.iter().map(Arc::clone).zip([error]));
+                parts.refused.extend(keys.iter().cloned().zip([error]));
                 Ok(())
             }
             // All the rest would be tried for nothing.
@@ -168,7 +164,7 @@ impl Rules {
     /// Has Services that were refused keep their old lines, and what these lead to.
     fn keep_old<'a>(
         &self,
-        refused: impl Iterator<Item = &'a Arc<ObjectKey>>,
+        refused: impl Iterator<Item = &'a ObjectKey>,
         desired: &Desired,
     ) -> Result<(), BackendError> {
         let mut refused = refused.peekable();

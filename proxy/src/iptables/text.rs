@@ -1,6 +1,6 @@
 //! All rules as text, without touching the kernel.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::collections::BTreeSet;
 
 use keelson_api::object::ObjectKey;
 
@@ -16,13 +16,13 @@ use crate::backend::Goal;
 /// The input of `iptables-restore` that makes all rules from nothing.
 pub(crate) fn text(settings: &Settings, goal: Goal<'_>) -> String {
     let node = node_addresses(goal.desired, settings.family);
-    let render = |commented| -> Vec<(Arc<ObjectKey>, Option<Rendered>)> {
+    let render = |commented| -> Vec<(ObjectKey, Option<Rendered>)> {
         let look = Look { settings, node: &node, commented };
         let keys: BTreeSet<&ObjectKey> = goal.objects.keys().collect();
         keys.into_iter()
             .map(|key| {
                 let rendered = Rendered::of(key, goal.objects, goal.desired, look);
-                (Arc::new(key.clone()), Some(rendered))
+                (key.clone(), Some(rendered))
             })
             .collect()
     };
