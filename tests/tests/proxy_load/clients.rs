@@ -11,22 +11,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keelson_tests::inside::enter;
+use keelson_tests::inside::{enter, inside};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// How long a client waits for its answer: a lost packet of TCP is sent again after a second.
 const ANSWER: Duration = Duration::from_millis(2_500);
 /// After so long a datagram is sent again, as clients do.
 const AGAIN: Duration = Duration::from_millis(200);
-/// Between two connections of one client: the others want to be heard too.
+/// Between two connections of one client at first: the others want to be heard too. The fewer
+/// ports are left the longer it pauses, so that they last where everything takes long.
 const PAUSE: Duration = Duration::from_millis(6);
+/// After so many connections a client pauses longer by [`PAUSE`].
+const SLOWER_AFTER: u16 = 4_000;
 /// Between two words of a conversation.
 const WORD: Duration = Duration::from_millis(20);
 /// Clients use a port after the other from here on. What was on its way when rules were missing
 /// stays untranslated in the kernel's memory for minutes, so none is used twice.
 const FIRST_PORT: u16 = 33_000;
-/// How many ports a client has.
-const PORTS: u16 = 8_000;
+/// How many ports a client has: for several minutes.
+const PORTS: u16 = 16_000;
+/// The ports that the kernel gives to whoever doesn't ask for one: neither the clients' nor node
+/// ports.
+const OTHER_PORTS: &str = "16000 29999";
 
 /// What a client speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,8 +50,8 @@ pub(crate) struct Failure {
     pub(crate) ended: Instant,
     /// Who, and what happened.
     pub(crate) what: String,
-    /// It was a connection that had worked before.
-    pub(crate) established: bool,
+    /// When the connection was opened, if it was.
+    pub(crate) opened: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -61,8 +67,14 @@ impl Shared {
         self.stop.load(Ordering::Relaxed)
     }
 
-    fn failed(&self, began: Instant, what: String, established: bool) {
-        let failure = Failure { began, ended: Instant::now(), what, established };
+    fn failed(&self, who: &str, began: Instant, broken: Broken) {
+        let Broken { opened, asked, error } = broken;
+        let failure = Failure {
+            began: asked.unwrap_or(began),
+            ended: Instant::now(),
+            what: format!("{who}: {error}"),
+            opened,
+        };
         self.failures.lock().expect("no client panicked").push(failure);
     }
 }
@@ -89,18 +101,19 @@ impl Clients {
         let who = format!("{netns} to {speaks:?} {to}");
         let first = FIRST_PORT + nth * PORTS;
         self.spawn(netns, move |shared| {
-            for port in (first..first + PORTS).cycle() {
+            for port in first..first + PORTS {
                 if shared.stopped() {
                     return;
                 }
                 let began = Instant::now();
-                let asked = ask(speaks, port, to);
+                let asked = ask_once(speaks, port, to);
                 shared.connections.fetch_add(1, Ordering::Relaxed);
-                if let Err(error) = asked {
-                    shared.failed(began, format!("{who}: {error}"), false);
+                if let Err(broken) = asked {
+                    shared.failed(&who, began, broken);
                 }
-                thread::sleep(PAUSE);
+                thread::sleep(PAUSE * u32::from(1 + (port - first) / SLOWER_AFTER));
             }
+            panic!("{who}: all {PORTS} ports were used before the test's end");
         });
     }
 
@@ -114,8 +127,8 @@ impl Clients {
                     Speaks::Tcp => converse_tcp(&shared, to),
                     Speaks::Udp => converse_udp(&shared, to),
                 };
-                if let Err((since, error)) = conversation {
-                    shared.failed(since.unwrap_or(began), format!("{who}: {error}"), true);
+                if let Err(broken) = conversation {
+                    shared.failed(&who, began, broken);
                 }
             }
         });
@@ -144,14 +157,41 @@ impl Clients {
     }
 }
 
+/// What ended a connection.
+struct Broken {
+    /// When it was opened, if it was.
+    opened: Option<Instant>,
+    /// Since when there was no answer, where that is later than its beginning.
+    asked: Option<Instant>,
+    error: io::Error,
+}
+
+impl From<io::Error> for Broken {
+    /// It was never opened.
+    fn from(error: io::Error) -> Self {
+        Self { opened: None, asked: None, error }
+    }
+}
+
+/// Keeps the clients' ports in a namespace for the clients.
+pub(crate) fn reserve_ports(netns: &str) {
+    let path = "/proc/sys/net/ipv4/ip_local_port_range";
+    inside(netns, || Ok(std::fs::write(path, OTHER_PORTS)?)).expect("the range of ports");
+}
+
 /// The number of the endpoint that answers one connection.
 pub(crate) fn ask(speaks: Speaks, port: u16, to: SocketAddrV4) -> io::Result<u8> {
+    ask_once(speaks, port, to).map_err(|broken| broken.error)
+}
+
+fn ask_once(speaks: Speaks, port: u16, to: SocketAddrV4) -> Result<u8, Broken> {
     let mut answer = [0];
     match speaks {
         Speaks::Tcp => {
             let mut stream = connect(port, to)?;
-            stream.set_read_timeout(Some(ANSWER))?;
-            stream.read_exact(&mut answer)?;
+            let opened = Some(Instant::now());
+            let read = stream.read_exact(&mut answer);
+            read.map_err(|error| Broken { opened, asked: None, error })?;
         }
         Speaks::Udp => {
             let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?;
@@ -169,6 +209,7 @@ fn connect(port: u16, to: SocketAddrV4) -> io::Result<TcpStream> {
         socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
     }
     socket.connect_timeout(&SocketAddr::from(to).into(), ANSWER)?;
+    socket.set_read_timeout(Some(ANSWER))?;
     Ok(socket.into())
 }
 
@@ -190,40 +231,30 @@ fn exchange(socket: &UdpSocket, answer: &mut [u8]) -> io::Result<()> {
     }
 }
 
-/// What ended a conversation, and since when there was no answer; the connection itself if there is
-/// no such time.
-type Ended = (Option<Instant>, io::Error);
-
-fn converse_tcp(shared: &Shared, to: SocketAddrV4) -> Result<(), Ended> {
-    let begin = || -> io::Result<TcpStream> {
-        let mut stream = connect(0, to)?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(ANSWER))?;
-        stream.read_exact(&mut [0])?;
-        Ok(stream)
-    };
-    let mut stream = begin().map_err(|error| (None, error))?;
+fn converse_tcp(shared: &Shared, to: SocketAddrV4) -> Result<(), Broken> {
+    let mut stream = connect(0, to)?;
+    let opened = Some(Instant::now());
+    stream.set_nodelay(true)?;
+    let read = stream.read_exact(&mut [0]);
+    read.map_err(|error| Broken { opened, asked: None, error })?;
     while !shared.stopped() {
-        let asked = Instant::now();
+        let asked = Some(Instant::now());
         let said = stream.write_all(b"?").and_then(|()| stream.read_exact(&mut [0]));
-        said.map_err(|error| (Some(asked), error))?;
+        said.map_err(|error| Broken { opened, asked, error })?;
         shared.words.fetch_add(1, Ordering::Relaxed);
         thread::sleep(WORD);
     }
     Ok(())
 }
 
-fn converse_udp(shared: &Shared, to: SocketAddrV4) -> Result<(), Ended> {
-    let begin = || -> io::Result<UdpSocket> {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-        socket.set_read_timeout(Some(AGAIN))?;
-        socket.connect(to)?;
-        Ok(socket)
-    };
-    let socket = begin().map_err(|error| (None, error))?;
+fn converse_udp(shared: &Shared, to: SocketAddrV4) -> Result<(), Broken> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.set_read_timeout(Some(AGAIN))?;
+    socket.connect(to)?;
     while !shared.stopped() {
-        let asked = Instant::now();
-        exchange(&socket, &mut [0]).map_err(|error| (Some(asked), error))?;
+        let asked = Some(Instant::now());
+        // Whatever becomes of the rules, a datagram that is sent again finds a way.
+        exchange(&socket, &mut [0]).map_err(|error| Broken { opened: None, asked, error })?;
         shared.words.fetch_add(1, Ordering::Relaxed);
         thread::sleep(WORD);
     }

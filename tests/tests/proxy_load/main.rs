@@ -14,7 +14,7 @@ use std::{
 };
 
 use changes::{BURST, Changes, LAST, burst_address};
-use clients::{Clients, Failure, Outcome, Speaks, ask};
+use clients::{Clients, Failure, Outcome, Speaks, ask, reserve_ports};
 use keelson_tests::{DEADLINE, NODE_ADDRESS, inside::inside, wait_for};
 use node::{Mode, Node};
 
@@ -27,7 +27,8 @@ const AFTER: Duration = Duration::from_millis(300);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Allows {
     Nothing,
-    /// Connections that are open: they end with relays, and with the rules that translate them.
+    /// Connections that were open before the step's end: they end with the rules that translate
+    /// them, or soon after, when the kernel forgets them.
     Established,
     /// Everything, until the step's end: nobody relays, or the rules are gone.
     Everything,
@@ -45,12 +46,14 @@ struct Step {
 impl Step {
     fn allows(&self, failure: &Failure) -> bool {
         let during = failure.began <= self.ended && failure.ended >= self.began;
-        let covered = match self.allows {
+        match self.allows {
             Allows::Nothing => false,
-            Allows::Established => failure.established,
-            Allows::Everything => true,
-        };
-        during && covered
+            Allows::Established => {
+                let opened = failure.opened.is_some_and(|opened| opened <= self.ended);
+                opened && failure.ended >= self.began
+            }
+            Allows::Everything => during,
+        }
     }
 }
 
@@ -128,7 +131,9 @@ impl Test {
     fn edit(&mut self, script: &str, at_once: bool) {
         let before = self.node.metric("keelson_proxy_drift_total").expect("metrics");
         let began = Instant::now();
+        // It may take long: `nft` reads the rules again and again while they change.
         self.node.sh(script);
+        let edited = Instant::now();
         wait_for(script, DEADLINE, || {
             let now = self.node.metric("keelson_proxy_drift_total")?;
             // A change of an endpoint may meet the edit first, be refused, and mend it.
@@ -136,7 +141,7 @@ impl Test {
             if mended { Ok(()) } else { Err(now.to_string()) }
         });
         // Where it is noticed at once: longer than that nothing may fail.
-        let noticed = if at_once { began } else { Instant::now() };
+        let noticed = if at_once { edited } else { Instant::now() };
         let ended = noticed + MENDED;
         let step = Step { name: script.to_owned(), began, ended, allows: Allows::Everything };
         self.steps.push(step);
@@ -156,6 +161,7 @@ fn start_clients(node: &Node) -> Clients {
     let mut clients = Clients::default();
     let (outside, pod, own) = (node.machine.neighbour_netns(), node.pod(3), node.machine.netns());
     for netns in [&outside, &pod, &own] {
+        reserve_ports(netns);
         for speaks in [Speaks::Tcp, Speaks::Udp] {
             clients.connect(netns, 0, speaks, cluster);
             clients.connect(netns, 1, speaks, node_port);
