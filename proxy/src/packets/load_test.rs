@@ -29,8 +29,9 @@ use crate::{
 const ANSWER: Duration = Duration::from_millis(900);
 /// How long each of the following goes on.
 const STRETCH: Duration = Duration::from_secs(2);
-/// Connections between a foreign edit and its mending may fail; for no longer than this.
-const MENDED: Duration = Duration::from_secs(1);
+/// Connections between a foreign edit and its mending may fail; for no longer than this, on a
+/// machine that does much else.
+const MENDED: Duration = Duration::from_secs(5);
 
 /// Clients use a port after the other from here on.
 const FIRST_PORT: u16 = 11_000;
@@ -50,6 +51,18 @@ struct Load {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// From where clients connect, and to what.
+fn ways(own: Own) -> [(From, SocketAddr); 4] {
+    let cluster = SocketAddr::new(own.cluster(), 80);
+    let node_port = SocketAddr::new(own.addresses.node(), own.node_port());
+    [
+        (From::Client(1), cluster),
+        (From::Client(2), node_port),
+        (From::Pod(3), cluster),
+        (From::Node, cluster),
+    ]
+}
+
 impl Load {
     fn start(net: &Net, own: Own) -> Self {
         let mut load = Self {
@@ -58,14 +71,7 @@ impl Load {
             failures: Arc::default(),
             threads: Vec::new(),
         };
-        let cluster = SocketAddr::new(own.cluster(), 80);
-        let node_port = SocketAddr::new(own.addresses.node(), own.node_port());
-        for (from, to) in [
-            (From::Client(1), cluster),
-            (From::Client(2), node_port),
-            (From::Pod(3), cluster),
-            (From::Node, cluster),
-        ] {
+        for (from, to) in ways(own) {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
                 load.connect(net, from, protocol, to);
             }
@@ -205,14 +211,20 @@ fn connections_succeed_whatever_changes(mode: Mode, family: Family) {
     }
 
     for edit in edits(mode, family) {
-        let (begin, seen) = (Instant::now(), running.count("keelson_proxy_drift_total"));
+        let seen = running.count("keelson_proxy_drift_total");
         net.host.sh(&edit);
+        let edited = Instant::now();
         until(&edit, || running.count("keelson_proxy_drift_total") > seen);
-        // Connections go on for so long, for it to be seen when the last of them fails.
+        // One change of the rules mends all: when every way is open again, it stays open.
+        until(&edit, || ways(own).iter().all(|(from, to)| is_open(&net, *from, *to)));
+        let mended = Instant::now();
+        let took = mended - edited;
+        assert!(took < MENDED, "{edit}: mended after {took:?}");
+        // Nothing to wait for: so long connections are made, and none may fail.
         std::thread::sleep(Duration::from_millis(300));
-        let failures = load.failures();
-        let last = failures.iter().map(|f| f.began - begin).max().unwrap_or_default();
-        assert!(last < MENDED, "{edit}: connections fail {last:?} later");
+        let mut failures = load.failures();
+        failures.retain(|failure| failure.began >= mended);
+        no_failures(&edit, mended, &failures);
     }
     let begin = Instant::now();
     // Nothing to wait for: so long connections are made, and none may fail.
@@ -223,6 +235,11 @@ fn connections_succeed_whatever_changes(mode: Mode, family: Family) {
     running.stop();
     // A client that got nowhere would prove nothing.
     assert!(connections > 1_000, "{connections} connections");
+}
+
+/// Whether a connection is answered, from a port that the kernel chooses.
+fn is_open(net: &Net, from: From, to: SocketAddr) -> bool {
+    matches!(net.ask_briefly(from, Protocol::Tcp, to), Answer::By(..))
 }
 
 /// Modes that this one is changed into, with rules that stay when the proxy stops.
