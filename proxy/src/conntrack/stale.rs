@@ -107,7 +107,8 @@ impl Tracker {
                     untranslated.map(|address| Endpoint { address, port: frontend.port });
                 stale.push(Stale { frontend, endpoint });
             }
-            let lost = before.into_iter().filter(|e| !now.contains(e) && !others.contains(e));
+            let there: HashSet<&Endpoint> = now.iter().chain(others).collect();
+            let lost = before.into_iter().filter(|endpoint| !there.contains(endpoint));
             let lost = lost.map(|endpoint| Stale { frontend, endpoint: Some(endpoint) });
             if frontend.protocol == Protocol::Tcp {
                 closing.extend(lost);
@@ -167,6 +168,7 @@ type Port = (Option<IpAddr>, u16);
 #[derive(Debug)]
 pub(crate) struct Expected {
     families: Vec<Family>,
+    /// The others' endpoints, in order.
     frontends: HashMap<(Option<IpAddr>, Protocol, u16), Vec<Endpoint>>,
     /// TCP's in order, and whether they have any endpoint: most are TCP's, and take little so.
     tcp: Box<[(Port, bool)]>,
@@ -216,6 +218,7 @@ impl Expected {
                 _ => {}
             }
         }
+        frontends.values_mut().for_each(|endpoints| endpoints.sort_unstable());
         let alive = tcp.then(|| objects.keys().flat_map(|key| addresses(objects, key)).collect());
         Self { families: families.to_vec(), frontends, tcp: served.into(), node_addresses, alive }
     }
@@ -256,7 +259,7 @@ impl Expected {
             .get(&(Some(to.0), protocol, to.1))
             .or_else(|| self.frontends.get(&(None, protocol, to.1)).filter(|_| for_node));
         let Some(endpoints) = known else { return false };
-        if endpoints.is_empty() { translated } else { !endpoints.contains(&server) }
+        if endpoints.is_empty() { translated } else { endpoints.binary_search(&server).is_err() }
     }
 }
 

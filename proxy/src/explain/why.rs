@@ -39,7 +39,7 @@ pub(super) fn candidates<'a>(
     let (all, _) = merged_endpoints(slices, plan.port, plan.family);
     let chosen = if local { &plan.eligible.local } else { &plan.eligible.cluster };
     let candidates = all.into_iter().map(|(endpoint, state)| {
-        let eligible = chosen.contains(&endpoint);
+        let eligible = chosen.binary_search(&endpoint).is_ok();
         let why = if eligible {
             why_eligible(&state, local, plan.eligible.topology)
         } else {

@@ -1,7 +1,5 @@
 //! Which endpoints a service port's traffic may go to.
 
-use std::collections::BTreeMap;
-
 use super::{
     Endpoint, Family, Protocol,
     services::ServicePort,
@@ -15,7 +13,7 @@ pub(crate) const ENDPOINTS_MAX: usize = 65_536;
 /// The endpoints of one service port in one family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Eligible {
-    /// For traffic that may go anywhere.
+    /// For traffic that may go anywhere; this and the next two in order.
     pub(crate) cluster: Vec<Endpoint>,
     /// For traffic that must stay on this node.
     pub(crate) local: Vec<Endpoint>,
@@ -50,15 +48,14 @@ impl Eligible {
                 ready
             }
         };
-        let topology = Topology::of(endpoints.values());
+        let topology = Topology::of(endpoints.iter().map(|(_, state)| state));
         let cluster = or_draining(chosen(&|state| state.ready && topology.admits(state)), |_| true);
         let local = or_draining(chosen(&|state| state.ready && state.local), |state| state.local);
         let hairpin = endpoints
             .iter()
             .filter(|(endpoint, state)| {
                 state.maybe_local
-                    && (cluster.binary_search(endpoint).is_ok()
-                        || local.binary_search(endpoint).is_ok())
+                    && [&cluster, &local].iter().any(|them| them.binary_search(endpoint).is_ok())
             })
             .map(|(endpoint, _)| *endpoint)
             .collect();
@@ -104,29 +101,45 @@ impl Topology {
     }
 }
 
-/// All endpoints of one service port, whatever their state, each once; and whether there are more
-/// than [`ENDPOINTS_MAX`], of which the first slices' are taken.
+/// All endpoints of one service port, whatever their state, each once and in order; and whether
+/// there are more than [`ENDPOINTS_MAX`], of which the first are taken.
+///
+/// A Service of thousands of endpoints goes through here with every change of one. The endpoints of
+/// a [`Slice`] are in order, so sorting them all is little more than going through them once.
 pub(crate) fn merged_endpoints<'a>(
     slices: impl IntoIterator<Item = &'a Slice>,
     port: &ServicePort,
     family: Family,
-) -> (BTreeMap<Endpoint, SliceEndpoint>, bool) {
-    let mut endpoints: BTreeMap<Endpoint, SliceEndpoint> = BTreeMap::new();
+) -> (Vec<(Endpoint, SliceEndpoint)>, bool) {
+    let mut endpoints = Vec::new();
+    let mut too_many = false;
     for slice in slices.into_iter().filter(|slice| slice.family == family) {
         for number in target_ports(slice, &port.name, port.protocol) {
-            for found in slice.endpoints.iter() {
+            endpoints.extend(slice.endpoints.iter().map(|found| {
                 let endpoint = Endpoint { address: found.address, port: number };
-                if endpoints.len() == ENDPOINTS_MAX && !endpoints.contains_key(&endpoint) {
-                    return (endpoints, true);
-                }
-                endpoints
-                    .entry(endpoint)
-                    .and_modify(|known| *known = merged(*known, *found))
-                    .or_insert(*found);
+                (endpoint, *found)
+            }));
+            if endpoints.len() > ENDPOINTS_MAX {
+                merge(&mut endpoints);
+                too_many |= endpoints.len() > ENDPOINTS_MAX;
+                endpoints.truncate(ENDPOINTS_MAX);
             }
         }
     }
-    (endpoints, false)
+    merge(&mut endpoints);
+    (endpoints, too_many)
+}
+
+/// Brings endpoints in order, and those that are there twice together.
+fn merge(endpoints: &mut Vec<(Endpoint, SliceEndpoint)>) {
+    endpoints.sort_by_key(|(endpoint, _)| *endpoint);
+    endpoints.dedup_by(|(next, state), (kept, known)| {
+        let same = next == kept;
+        if same {
+            *known = merged(*known, *state);
+        }
+        same
+    });
 }
 
 /// Named ports may differ from slice to slice.
@@ -167,7 +180,10 @@ fn merged_hint(a: Hint, b: Hint) -> Hint {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use keelson_api::object::ObjectKey;
+    use proptest::{collection::vec, prelude::*};
 
     use super::*;
 
@@ -303,5 +319,44 @@ mod tests {
         let ports: Vec<_> = found.cluster.iter().map(|e| e.port).collect();
         assert_eq!((last_bytes(&found.cluster), ports), (vec![1, 2], vec![8080, 9090]));
         assert!(Eligible::of(&slices, &port, Family::V6).cluster.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn an_endpoint_of_many_slices_is_what_all_of_them_say(
+            slices in vec((vec((0u8..9, any::<[bool; 5]>()), 0..9), 8080u16..8083), 0..6),
+        ) {
+            let slices: Vec<Slice> = slices
+                .iter()
+                .map(|(endpoints, port)| {
+                    let mut all: Vec<SliceEndpoint> = endpoints
+                        .iter()
+                        .map(|(n, [ready, serving, terminating, local, near])| SliceEndpoint {
+                            zone_hint: if *near { Hint::Here } else { Hint::Elsewhere },
+                            ..endpoint(*n, (*ready, *serving, *terminating), *local)
+                        })
+                        .collect();
+                    all.sort_by_key(|endpoint| endpoint.address);
+                    slice(*port, &all)
+                })
+                .collect();
+            let port = ServicePort {
+                name: "web".into(),
+                protocol: Protocol::Tcp,
+                port: 80,
+                node_port: None,
+            };
+            let mut expected: BTreeMap<Endpoint, SliceEndpoint> = BTreeMap::new();
+            for slice in &slices {
+                for state in slice.endpoints.iter() {
+                    let endpoint = Endpoint { address: state.address, port: slice.ports[0].2 };
+                    let known = expected.entry(endpoint).or_insert(*state);
+                    *known = merged(*known, *state);
+                }
+            }
+            let forwards = merged_endpoints(&slices, &port, Family::V4);
+            prop_assert_eq!(&forwards, &(expected.into_iter().collect(), false));
+            prop_assert_eq!(forwards, merged_endpoints(slices.iter().rev(), &port, Family::V4));
+        }
     }
 }

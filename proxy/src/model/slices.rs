@@ -85,6 +85,7 @@ pub(crate) struct Slice {
     pub(crate) service: ObjectKey,
     pub(crate) family: Family,
     pub(crate) ports: Box<[(Box<str>, Protocol, u16)]>,
+    /// By address.
     pub(crate) endpoints: Arc<[SliceEndpoint]>,
     /// When the change that this slice tells of happened.
     pub(crate) triggered: Option<Timestamp>,
@@ -149,6 +150,7 @@ impl Slice {
                 Err(why) => left_out.push((text, why)),
             }
         }
+        endpoints.sort_by_key(|endpoint| endpoint.address);
         problems.extend(left_out_of(name, &left_out));
         let triggered = object
             .metadata

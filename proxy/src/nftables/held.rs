@@ -447,11 +447,12 @@ fn stale_choices(
         forget.push(Forget { frontend: *frontend, endpoint: None });
         return;
     };
+    let there: HashSet<&Endpoint> = after.slots.iter().collect();
     forget.extend(
         before
             .iter()
             .flat_map(|before| before.slots.iter())
-            .filter(|endpoint| !after.slots.contains(endpoint))
+            .filter(|endpoint| !there.contains(endpoint))
             .map(|endpoint| Forget { frontend: *frontend, endpoint: Some(*endpoint) }),
     );
 }

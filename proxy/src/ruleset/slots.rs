@@ -4,7 +4,7 @@
 //! always 0 to N−1. Endpoints that stay keep their index: the fewest elements are written, and a
 //! restart with nothing changed writes none.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
 
 use crate::model::Endpoint;
 
@@ -20,11 +20,26 @@ pub(crate) struct SlotChange {
 
 /// The new indices for `wanted` (none twice), and what to change to get there from `held`.
 pub(crate) fn assign(held: &[Endpoint], wanted: &[Endpoint]) -> (Vec<Endpoint>, Vec<SlotChange>) {
-    let mut waiting: BTreeSet<Endpoint> = wanted.iter().copied().collect();
-    // An endpoint that stands twice in what is held keeps its first place only.
-    let mut slots: Vec<Option<Endpoint>> =
-        held.iter().map(|e| waiting.remove(e).then_some(*e)).collect();
-    let mut waiting = waiting.into_iter();
+    let mut wanted = Cow::Borrowed(wanted);
+    if !wanted.is_sorted() {
+        wanted.to_mut().sort_unstable();
+    }
+    let mut stays = vec![false; wanted.len()];
+    // What is held is mostly in order too: most stand right after the one before.
+    let mut next = 0;
+    let mut slots: Vec<Option<Endpoint>> = held
+        .iter()
+        .map(|endpoint| {
+            let place = match wanted.get(next) {
+                Some(there) if there == endpoint => next,
+                _ => wanted.binary_search(endpoint).ok()?,
+            };
+            next = place + 1;
+            // An endpoint that stands twice in what is held keeps its first place only.
+            (!std::mem::replace(&mut stays[place], true)).then_some(*endpoint)
+        })
+        .collect();
+    let mut waiting = wanted.iter().zip(stays).filter(|(_, stays)| !stays).map(|(e, _)| *e);
     for slot in &mut slots {
         if slot.is_none() {
             *slot = waiting.next();
@@ -87,10 +102,14 @@ mod tests {
         #[test]
         fn the_wanted_ones_stand_there_once_each(
             held in proptest::collection::vec(0u8..12, 0..12),
-            wanted in proptest::collection::btree_set(0u8..12, 0..12),
+            wanted in proptest::collection::btree_set(0u8..12, 0..12)
+                .prop_map(|wanted| wanted.into_iter().collect::<Vec<u8>>()),
+            turn in 0usize..12,
         ) {
-            let wanted: Vec<u8> = wanted.into_iter().collect();
-            let (mut after, changes) = assign(&endpoints(&held), &endpoints(&wanted));
+            // In order, and not in order.
+            let mut turned = wanted.clone();
+            turned.rotate_left(turn.min(wanted.len()));
+            let (mut after, changes) = assign(&endpoints(&held), &endpoints(&turned));
             let mut rebuilt: Vec<Option<Endpoint>> = endpoints(&held).into_iter().map(Some).collect();
             for change in changes {
                 let index = change.index as usize;
