@@ -6,7 +6,6 @@
 
 use crate::{
     model::{Endpoint, Family, Protocol, eligible::ENDPOINTS_MAX, table::ServiceTable},
-    nftables::socket::NftError,
     ruleset::{Frontend, Unit, desired::Desired},
 };
 
@@ -70,9 +69,14 @@ pub(crate) trait Backend: Send {
 /// Why rules could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BackendError {
-    /// The kernel's nftables.
-    #[error(transparent)]
-    Nftables(#[from] NftError),
+    /// The kernel, asked without a program.
+    #[error("{message}")]
+    Kernel {
+        /// What was refused, and why.
+        message: String,
+        /// Whether it is not for something that is lacking.
+        busy: bool,
+    },
     /// A program that was run, or its output.
     #[error("{program}: {message}")]
     Program {
@@ -111,7 +115,7 @@ impl BackendError {
     /// Whether it is not for something that is lacking: another try soon may go better.
     pub(crate) fn is_busy(&self) -> bool {
         match self {
-            Self::Nftables(error) => error.is_busy(),
+            Self::Kernel { busy, .. } => *busy,
             Self::Busy { .. } => true,
             Self::Io { source, .. } => source.raw_os_error().is_some_and(is_busy),
             Self::Program { .. } | Self::Unsupported(_) => false,
@@ -119,20 +123,8 @@ impl BackendError {
     }
 }
 
-impl NftError {
-    /// Whether it is not for something that is lacking: another try soon may go better.
-    pub(crate) fn is_busy(&self) -> bool {
-        match self {
-            Self::Refused { source, .. } | Self::Socket { source, .. } => {
-                source.raw_os_error().is_some_and(is_busy)
-            }
-            Self::AnswersLost | Self::Restless => true,
-        }
-    }
-}
-
 /// Errors of the system that say "not now" rather than "never".
-fn is_busy(errno: i32) -> bool {
+pub(crate) fn is_busy(errno: i32) -> bool {
     use libc::{EAGAIN, EBUSY, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, ETXTBSY};
     [EAGAIN, EBUSY, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, ETXTBSY].contains(&errno)
 }

@@ -9,15 +9,15 @@ use std::{
 use keelson_api::object::ObjectKey;
 
 use super::{
-    Settings, Variant,
-    base::{CHAINS, GUARD, LOCALNET_SET, guard},
+    Settings,
     canary::Canary,
     chain::Table,
+    cleanup,
     counters::Counters,
-    held::{Delta, Held, Jump, Next, Present},
+    held::{Delta, Held, Next, Present},
     observe,
     parts::is_nobodys,
-    program::{Programs, has_legacy_tables},
+    program::Programs,
     restore::Script,
     rule::Rule,
     service::{Look, Rendered},
@@ -26,14 +26,11 @@ use crate::{
     backend::{Applied, Backend, BackendError, Forget, Goal, TableRules},
     config::DetectLocal,
     model::{Family, Protocol},
-    nftables::look,
     ruleset::{AddressSet, Unit, desired::Desired},
 };
 
 /// With more endpoints than this, rules that there are many of carry no comments.
 pub(super) const COMMENTED_MAX: usize = 1_000;
-/// Lets node ports answer on loopback addresses.
-const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
 /// A chain for trying what the kernel takes; nothing ever goes through it.
 pub(super) const PROBE: &str = "KUBE-PROXY-PROBE";
 
@@ -169,60 +166,6 @@ impl Rules {
         })
         .collect()
     }
-
-    /// Has node ports answer on loopback, if that is wanted: what needs more rights than writing
-    /// rules does.
-    ///
-    /// # Errors
-    /// When the guard can't be written, without which it would be dangerous.
-    pub(crate) fn open_loopback(&self) -> Result<(), BackendError> {
-        if !self.settings.node_ports_on_loopback() {
-            return Ok(());
-        }
-        let mut present = read(&self.programs)?;
-        let mut delta = Delta::default();
-        for guest in guard().into_iter().filter(|guest| !present.guests.contains(guest)) {
-            let at = (guest.table, guest.chain);
-            if guest.chain == GUARD && present.guest_chains.insert(at) {
-                delta.guest_chains.push(at);
-            }
-            delta.guests.push(guest);
-        }
-        // The chain before those who jump there.
-        delta.guests.sort_by_key(|guest| guest.chain != GUARD);
-        let input = Script::of(&delta).text();
-        if !input.is_empty() {
-            self.programs.restore(input)?;
-        }
-        self.route_localnet();
-        Ok(())
-    }
-
-    /// After the rules that guard against its misuse are in force, and never without them.
-    pub(super) fn route_localnet(&self) {
-        if !self.settings.node_ports_on_loopback() {
-            return;
-        }
-        let closed = self.programs.setting(ROUTE_LOCALNET).is_ok_and(|value| value == "0");
-        if let Err(error) = self.programs.set(ROUTE_LOCALNET, "1") {
-            tracing::warn!(
-                %error, setting = ROUTE_LOCALNET,
-                "node ports won't answer on loopback addresses; set it, or localhostNodePorts to false"
-            );
-            return;
-        }
-        let mut held = self.held();
-        held.note |= closed;
-        if held.note && !held.present.noted {
-            match self.programs.restore(format!("*filter\n:{LOCALNET_SET} - [0:0]\nCOMMIT\n")) {
-                Ok(()) => held.present.noted = true,
-                Err(error) => tracing::warn!(
-                    %error, setting = ROUTE_LOCALNET,
-                    "no note of who set it: another mode will leave it set, and guarded"
-                ),
-            }
-        }
-    }
 }
 
 impl Applied {
@@ -325,114 +268,10 @@ impl Backend for Rules {
     }
 
     fn remove(&mut self) -> Result<(), BackendError> {
-        remove(&self.programs)?;
+        cleanup::remove(&self.programs)?;
         self.held().removed();
         Ok(())
     }
-}
-
-/// Removes the chains and rules of any proxy, ours and kube-proxy's, that either variant of
-/// iptables has; it is no error if there are none, or no iptables. Where there surely are none,
-/// nothing is run.
-///
-/// # Errors
-/// When they can't be removed.
-pub(crate) fn cleanup(family: Family) -> Result<(), BackendError> {
-    // Chains of the old tables are seen only by asking iptables itself. Where the kernel doesn't
-    // say, that is asked too.
-    let nft = look::has_chain(family, |chain| chain.starts_with("KUBE-")).unwrap_or(true);
-    if !nft && !has_legacy_tables(family) {
-        return Ok(());
-    }
-    let mut found = Vec::new();
-    for variant in [Variant::Nft, Variant::Legacy] {
-        match Programs::find(family, variant) {
-            Ok(programs) => found.push(programs),
-            Err(error) => tracing::debug!(%error, "no rules of this iptables are removed"),
-        }
-    }
-    if found.is_empty() {
-        // A host that has but one calls it nothing else.
-        found.extend(Programs::find(family, Variant::Host));
-    }
-    found.iter().try_for_each(close_loopback)?;
-    found.iter().try_for_each(remove)
-}
-
-/// Sets `route_localnet` back if the iptables mode has set it, while its guard is still there.
-fn close_loopback(programs: &Programs) -> Result<(), BackendError> {
-    let mut present = Present::default();
-    observe::read(Table::Filter, &programs.save(Table::Filter)?, &mut present);
-    if !present.noted {
-        return Ok(());
-    }
-    match programs.set(ROUTE_LOCALNET, "0") {
-        Ok(()) => tracing::info!(setting = ROUTE_LOCALNET, "set back to 0, as it was"),
-        Err(error) => tracing::warn!(%error, setting = ROUTE_LOCALNET, "it can't be set back"),
-    }
-    Ok(())
-}
-
-/// Removes the chains and rules of any proxy that the variant has which is not the host's: one
-/// that ran with it would go on translating. Where there surely are none, or it isn't installed,
-/// nothing is run.
-///
-/// # Errors
-/// As [`cleanup`].
-pub(crate) fn cleanup_other_variant(family: Family) -> Result<(), BackendError> {
-    let other = match Programs::find(family, Variant::Host)?.legacy {
-        true => Variant::Nft,
-        false => Variant::Legacy,
-    };
-    let some = match other {
-        Variant::Legacy => has_legacy_tables(family),
-        _ => look::has_chain(family, |chain| chain.starts_with("KUBE-")).unwrap_or(true),
-    };
-    if !some {
-        return Ok(());
-    }
-    match Programs::find(family, other) {
-        Ok(programs) => remove(&programs),
-        Err(error) => {
-            tracing::debug!(%error, "no rules of the other iptables are removed");
-            Ok(())
-        }
-    }
-}
-
-fn remove(programs: &Programs) -> Result<(), BackendError> {
-    let present = read(programs)?;
-    let mut delta = Delta { outdated: present.outdated, ..Delta::default() };
-    // The guard stays while there is something to guard: whoever else needs that setting would be
-    // open to the neighbours without it.
-    let guarded = programs.setting(ROUTE_LOCALNET).is_ok_and(|value| value == "1");
-    if guarded && !present.guest_chains.is_empty() {
-        tracing::info!(
-            "{GUARD} stays, since {ROUTE_LOCALNET} is 1: without it neighbours could reach loopback \
-             addresses. It is not looked after from now on"
-        );
-    }
-    let goes = |jump: &Jump| !(guarded && jump.rule.ends_with(GUARD));
-    delta.farewells = present.jumps.into_iter().filter(goes).collect();
-    delta.gone = present.own.into_keys().collect();
-    delta.gone.sort_unstable();
-    delta.unchained = CHAINS.into_iter().filter(|at| present.base.contains_key(at)).collect();
-    let places = present.places.keys().map(|place| (place.table(), place.name()));
-    delta.unchained.extend(places);
-    delta.unchained.extend(present.of_ipvs);
-    if !guarded {
-        delta.unchained.extend(present.guest_chains);
-        if present.noted {
-            delta.unchained.push((Table::Filter, LOCALNET_SET));
-        }
-    }
-    let input = Script::of(&delta).text();
-    if input.is_empty() {
-        return Ok(());
-    }
-    programs.restore(input)?;
-    tracing::info!(iptables = programs.version, "rules of a proxy are removed");
-    Ok(())
 }
 
 /// Everything that the kernel holds.

@@ -291,10 +291,6 @@ fn jumps() -> Vec<Guest> {
     ]
 }
 
-/// An empty chain of the filter table that tells that `route_localnet` was 0 before the iptables mode
-/// needed it, so that who takes over sets it back. Like the setting it doesn't outlive the kernel.
-pub(crate) const LOCALNET_SET: &str = "KEELSON-LOCALNET";
-
 /// With `route_localnet`, which node ports on loopback need, neighbours could reach what listens on
 /// 127.0.0.0/8 (CVE-2020-8558).
 pub(crate) fn guard() -> Vec<Guest> {

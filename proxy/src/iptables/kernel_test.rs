@@ -9,7 +9,7 @@ use std::{
 use keelson_api::object::ObjectKey;
 use serde_json::{Value, json};
 
-use super::{Rules, Settings, Variant, apply::cleanup, golden::settings};
+use super::{Rules, Settings, Variant, cleanup, golden::settings};
 use crate::{
     backend::{Applied, Backend, Goal},
     model::{
@@ -486,6 +486,26 @@ fn a_clean_up_sets_back_what_the_mode_has_set_and_nothing_else() {
         let left = saved(&host, Family::V4, variant);
         assert_eq!(left.contains("block incoming localnet"), before == "1", "{left}");
         assert!(!left.contains("KEELSON-"), "{left}");
+    }
+}
+
+#[test]
+fn a_start_without_node_ports_on_loopback_sets_back_what_another_has_set() {
+    for (before, variant) in [("0", Variant::Nft), ("0", Variant::Legacy), ("1", Variant::Nft)] {
+        let host = Namespace::new();
+        let setting = "net.ipv4.conf.all.route_localnet";
+        host.sh(&format!("sysctl -qw {setting}={before}"));
+        for (localhost_node_ports, expected) in [(true, "1"), (false, before), (false, before)] {
+            let with = Settings { variant, localhost_node_ports, ..settings(Family::V4) };
+            let mut proxy = Proxy::start(&host, with);
+            proxy.synchronize();
+            assert_eq!(host.sh(&format!("sysctl -n {setting}")).trim(), expected, "{variant:?}");
+            let rules = saved(&host, Family::V4, variant);
+            // Who else has set it needs the guard still.
+            assert_eq!(rules.contains("block incoming localnet"), expected == "1", "{rules}");
+            let noted = rules.contains("KEELSON-LOCALNET");
+            assert_eq!(noted, localhost_node_ports && before == "0", "{rules}");
+        }
     }
 }
 

@@ -11,7 +11,8 @@
 //! writes a rule just as `iptables-save` prints it, so that what is there can be compared with what
 //! should be; [`service`] and [`base`] are pure; [`held`] plans the difference; [`observe`] reads
 //! what is there; [`apply`] writes, with [`program`], and in [`parts`] what is refused as a whole;
-//! [`canary`] notices when others write, by [`digest`];
+//! [`cleanup`](mod@cleanup) takes away what is left of a proxy, and [`loopback`] keeps the setting
+//! that node ports on loopback need; [`canary`] notices when others write, by [`digest`];
 //! [`counters`] reads how many packets met a rule; [`text`] shows all rules without a kernel.
 //!
 //! ```text
@@ -32,10 +33,12 @@ pub(crate) mod apply;
 pub(crate) mod base;
 pub(crate) mod canary;
 pub(crate) mod chain;
+mod cleanup;
 mod compare;
 pub(crate) mod counters;
 mod digest;
 pub(crate) mod held;
+mod loopback;
 pub(crate) mod observe;
 mod parts;
 pub(crate) mod program;
@@ -54,7 +57,8 @@ mod kernel_test;
 mod refusal_test;
 
 pub(crate) use self::{
-    apply::{Rules, cleanup, cleanup_other_variant},
+    apply::Rules,
+    cleanup::{cleanup, cleanup_other_variant},
     text::text,
 };
 pub(crate) use compare::missing;

@@ -3,9 +3,10 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    base::{CHAINS, GUARD, LOCALNET_SET, OF_IPVS, all_guests},
+    base::{CHAINS, GUARD, OF_IPVS, all_guests},
     chain::{OwnChain, Place, Table, is_outdated},
     held::{Contents, Jump, Lines, Present},
+    loopback::LOCALNET_SET,
 };
 
 /// Where a rule's line goes.

@@ -61,6 +61,7 @@ impl Rules {
     pub(super) fn bring_all_in_line(&mut self, goal: Goal<'_>) -> Result<Applied, BackendError> {
         let mut applied = Applied::default();
         self.node = node_addresses(goal.desired, self.settings.family);
+        self.leave_loopback()?;
         if self.held().present.is_empty() {
             applied.rebuilt = Some("there were no rules".to_owned());
         }

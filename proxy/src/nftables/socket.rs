@@ -9,7 +9,10 @@ use super::{
     uapi::*,
     wire::{Wire, error_of, force_buffer},
 };
-use crate::model::Family;
+use crate::{
+    backend::{BackendError, is_busy},
+    model::Family,
+};
 
 /// How many times a listing that a commit of somebody else tore is begun again.
 const LISTING_TRIES: usize = 10;
@@ -41,6 +44,24 @@ pub(crate) enum NftError {
     /// Others changed the tables all the while they were being listed.
     #[error("the tables changed {LISTING_TRIES} times while they were being listed")]
     Restless,
+}
+
+impl NftError {
+    /// Whether it is not for something that is lacking: another try soon may go better.
+    pub(crate) fn is_busy(&self) -> bool {
+        match self {
+            Self::Refused { source, .. } | Self::Socket { source, .. } => {
+                source.raw_os_error().is_some_and(is_busy)
+            }
+            Self::AnswersLost | Self::Restless => true,
+        }
+    }
+}
+
+impl From<NftError> for BackendError {
+    fn from(error: NftError) -> Self {
+        Self::Kernel { busy: error.is_busy(), message: error.to_string() }
+    }
 }
 
 impl NftError {
