@@ -5,6 +5,7 @@
 use std::{
     fs::{self, File, TryLockError},
     io::{self, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -265,13 +266,21 @@ const ONCE: [&[u8]; 4] = [b"--cleanup", b"--cleanup=true", b"--init-only", b"--d
 pub(crate) fn other_proxy() -> Option<u32> {
     let network = fs::read_link("/proc/self/ns/net").ok()?;
     let own = std::process::id();
+    let own_program = program_of(Path::new("/proc/self"));
     fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
         // the arguments of a process that has ended are gone
         let arguments = fs::read(entry.path().join("cmdline")).ok()?;
         let same = fs::read_link(entry.path().join("ns/net")).is_ok_and(|net| net == network);
-        (pid != own && same && keeps_rules(&arguments)).then_some(pid)
+        let renamed = || program_of(&entry.path()).is_some_and(|it| Some(it) == own_program);
+        (pid != own && same && keeps_rules(&arguments, renamed)).then_some(pid)
     })
+}
+
+/// The file that a process runs, whatever it is called: its device and number.
+fn program_of(process: &Path) -> Option<(u64, u64)> {
+    let file = fs::metadata(process.join("exe")).ok()?;
+    Some((file.dev(), file.ino()))
 }
 
 /// The process that keeps Service rules in this network namespace, as far as it can be seen: also
@@ -292,11 +301,13 @@ pub(crate) fn rule_keeper(paths: &Paths) -> anyhow::Result<Option<u32>> {
 }
 
 /// Whether a command line, its parts ended by zeros, is `keelson up` or `keelson proxy`, and not one
-/// that only removes or prints.
-fn keeps_rules(arguments: &[u8]) -> bool {
+/// that only removes or prints. `renamed` tells whether it is this program by another name.
+fn keeps_rules(arguments: &[u8], renamed: impl FnOnce() -> bool) -> bool {
     let mut parts = arguments.split(|byte| *byte == 0);
     let program = parts.next().and_then(|program| program.rsplit(|byte| *byte == b'/').next());
-    let ours = program == Some(b"keelson".as_slice()) || arguments.starts_with(b"/proc/self/exe\0");
+    let named =
+        program == Some(b"keelson".as_slice()) || arguments.starts_with(b"/proc/self/exe\0");
+    let ours = named || renamed();
     let command = parts.find(|part| !part.starts_with(b"-"));
     let ours = ours && !parts.any(|part| ONCE.contains(&part));
     ours && (command == Some(b"up".as_slice()) || command == Some(b"proxy".as_slice()))
@@ -362,12 +373,13 @@ mod tests {
             "/proc/self/exe up -x",
             "keelson proxy --cleanup=false",
         ] {
-            assert!(keeps_rules(line.replace(' ', "\0").as_bytes()), "{line}");
+            assert!(keeps_rules(line.replace(' ', "\0").as_bytes(), || false), "{line}");
         }
+        assert!(keeps_rules(b"node\0up\0", || true) && !keeps_rules(b"node\0down\0", || true));
         for line in
             ["keelson down", "keelson agent up", "vi up", "", "keelson proxy -v=2 --cleanup"]
         {
-            assert!(!keeps_rules(line.replace(' ', "\0").as_bytes()), "{line}");
+            assert!(!keeps_rules(line.replace(' ', "\0").as_bytes(), || false), "{line}");
         }
     }
 
