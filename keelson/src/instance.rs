@@ -3,21 +3,26 @@
 //! in one, which then has the files of all.
 
 use std::{
+    ffi::{OsStr, OsString},
     fs::{self, File, TryLockError},
     io::{self, Write},
-    os::unix::fs::MetadataExt,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
+use clap::Parser;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::paths::Paths;
+use crate::{
+    cli::{Cli, Command},
+    paths::Paths,
+};
 
 /// A part of a node, of which one runs at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,9 +264,6 @@ pub(crate) fn stop(paths: &Paths, part: Part, patience: Duration) -> anyhow::Res
     bail!("process {pid} did not end");
 }
 
-/// What has a command do one thing and end.
-const ONCE: [&[u8]; 4] = [b"--cleanup", b"--cleanup=true", b"--init-only", b"--dry-run"];
-
 /// Another process of this program that keeps Service rules in this network namespace.
 pub(crate) fn other_proxy() -> Option<u32> {
     let network = fs::read_link("/proc/self/ns/net").ok()?;
@@ -303,14 +305,23 @@ pub(crate) fn rule_keeper(paths: &Paths) -> anyhow::Result<Option<u32>> {
 /// Whether a command line, its parts ended by zeros, is `keelson up` or `keelson proxy`, and not one
 /// that only removes or prints. `renamed` tells whether it is this program by another name.
 fn keeps_rules(arguments: &[u8], renamed: impl FnOnce() -> bool) -> bool {
-    let mut parts = arguments.split(|byte| *byte == 0);
-    let program = parts.next().and_then(|program| program.rsplit(|byte| *byte == b'/').next());
-    let named =
-        program == Some(b"keelson".as_slice()) || arguments.starts_with(b"/proc/self/exe\0");
-    let ours = named || renamed();
-    let command = parts.find(|part| !part.starts_with(b"-"));
-    let ours = ours && !parts.any(|part| ONCE.contains(&part));
-    ours && (command == Some(b"up".as_slice()) || command == Some(b"proxy".as_slice()))
+    let arguments = arguments.strip_suffix(b"\0").unwrap_or(arguments);
+    let parts: Vec<OsString> =
+        arguments.split(|byte| *byte == 0).map(|part| OsStr::from_bytes(part).to_owned()).collect();
+    let program = parts.first().map(Path::new);
+    let named = program.is_some_and(|program| {
+        program.ends_with("keelson") || program == Path::new("/proc/self/exe")
+    });
+    if !(named || renamed()) {
+        return false;
+    }
+    match Cli::try_parse_from(&parts).map(|cli| cli.command) {
+        Ok(Command::Up(_)) => true,
+        Ok(Command::Proxy(args)) => !(args.cleanup || args.init_only || args.dry_run),
+        Ok(_) => false,
+        // Of another version, with options that this one doesn't know.
+        Err(_) => ["up", "proxy"].iter().any(|command| parts.iter().any(|part| part == command)),
+    }
 }
 
 /// Waits until nobody holds the part.
@@ -372,12 +383,15 @@ mod tests {
             "keelson proxy",
             "/proc/self/exe up -x",
             "keelson proxy --cleanup=false",
+            "keelson --log-level debug proxy --data-dir /d",
+            "keelson --log-format json up",
+            "keelson proxy --an-option-of-tomorrow",
         ] {
             assert!(keeps_rules(line.replace(' ', "\0").as_bytes(), || false), "{line}");
         }
         assert!(keeps_rules(b"node\0up\0", || true) && !keeps_rules(b"node\0down\0", || true));
         for line in
-            ["keelson down", "keelson agent up", "vi up", "", "keelson proxy -v=2 --cleanup"]
+            ["keelson down", "keelson image list", "vi up", "", "keelson proxy -v=2 --cleanup"]
         {
             assert!(!keeps_rules(line.replace(' ', "\0").as_bytes(), || false), "{line}");
         }

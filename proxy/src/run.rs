@@ -7,7 +7,12 @@ use std::{
     time::Duration,
 };
 
-use keelson_api::{events::EventRecorder, metrics::component};
+use k8s_openapi::api::core::v1::Node;
+use keelson_api::{
+    events::{EventRecorder, EventType},
+    metrics::component,
+    object::{ObjectKey, reference_by_key},
+};
 use kube::Client;
 use prometheus::Registry;
 use tokio::{
@@ -111,6 +116,10 @@ pub async fn run_with_registry(
         // That it has ended is seen, whether it panicked or not.
         let _ = recorder.await;
     });
+    // On nodes events carry the node's name as UID, as the kubelet's and kube-proxy's do.
+    let itself = ObjectKey::new("", &*config.node_name);
+    let itself = reference_by_key::<Node>(&itself, Some(config.node_name.clone()));
+    events.event(&itself, EventType::Normal, "Starting", "");
     if mode == Mode::Nftables {
         // The only one that knows what to do with them, as with kube-proxy.
         tasks.spawn(watches::service_ranges(client.clone(), changes.clone(), shutdown.clone()));

@@ -229,7 +229,25 @@ pub(crate) async fn node(
 ) {
     let api: Api<Node> = Api::all(client);
     let mut stream = Box::pin(watcher::watch_object(api, &name).backoff(Patience::new()));
-    while let Some(next) = next(&mut stream, &shutdown).await {
+    // What is missing and wasn't told yet: a node that starts registers itself in a moment.
+    let (mut missing, mut untold) = (None, None);
+    let mut until = tokio::time::Instant::now();
+    loop {
+        let next = tokio::select! {
+            next = next(&mut stream, &shutdown) => next,
+            () = tokio::time::sleep_until(until), if untold.is_some() => {
+                tracing::warn!(node = name, "{}", untold.take().unwrap_or_default());
+                continue;
+            }
+        };
+        let Some(next) = next else { return };
+        if let Ok(node) = &next {
+            let now = missing_of(node.as_ref());
+            if now != missing {
+                (missing, untold) = (now, now);
+                until = tokio::time::Instant::now() + REGISTERED;
+            }
+        }
         let here = match &next {
             Ok(Some(node)) => self::place(&name, Some(node)),
             // Without its object nobody knows; what was known stays.
@@ -250,6 +268,25 @@ pub(crate) async fn node(
         if queue.send(node_change(&node).into()).await.is_err() {
             return;
         }
+    }
+}
+
+/// So long a node may take to register itself, and to tell its addresses, before it is missed.
+const REGISTERED: Duration = Duration::from_secs(10);
+
+/// What the proxy lacks of its node, and what comes of it.
+fn missing_of(node: Option<&Node>) -> Option<&'static str> {
+    match node {
+        None => Some(
+            "the cluster has no such Node: node ports have no address unless they are configured, and \
+             Services whose traffic policy is Local find no endpoint here; if the node has another \
+             name, give it with --hostname-override",
+        ),
+        Some(node) if node_addresses(node).is_empty() => Some(
+            "the Node has no InternalIP among its addresses (status.addresses): node ports have no \
+             address unless they are configured",
+        ),
+        Some(_) => None,
     }
 }
 
@@ -437,6 +474,19 @@ mod tests {
             assert_eq!(followed(events).await, (vec![], Some(code)));
         }
         assert_eq!(followed(vec![Err(refused(401)), Err(refused(503))]).await, (vec![], None));
+    }
+
+    #[test]
+    fn what_is_missing_of_a_node_is_named() {
+        let node = |status| serde_json::from_value::<Node>(json!({"status": status})).unwrap();
+        let missing = |node: Option<Node>| missing_of(node.as_ref()).unwrap_or_default();
+        assert!(missing(None).starts_with("the cluster has no such Node"));
+        for addresses in [json!([]), json!([{"type": "Hostname", "address": "n"}])] {
+            let told = missing(Some(node(json!({"addresses": addresses}))));
+            assert!(told.starts_with("the Node has no InternalIP"), "{told}");
+        }
+        let addresses = json!([{"type": "InternalIP", "address": "192.0.2.1"}]);
+        assert_eq!(missing(Some(node(json!({"addresses": addresses})))), "");
     }
 
     #[test]

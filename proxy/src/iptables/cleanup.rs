@@ -80,12 +80,31 @@ pub(super) fn remove(programs: &Programs) -> Result<(), BackendError> {
             loopback::ROUTE_LOCALNET
         );
     }
-    let goes = |jump: &Jump| !(guarded && jump.rule.ends_with(GUARD));
-    delta.farewells = present.jumps.into_iter().filter(goes).collect();
-    delta.gone = present.own.into_keys().collect();
+    let goes = |jump: &Jump| !(guarded && jump.target == GUARD);
+    let leading: Vec<Jump>;
+    (delta.farewells, leading) =
+        present.jumps.into_iter().filter(goes).partition(Jump::is_built_in);
+    delta.led_to = leading.iter().map(|jump| (jump.table, jump.target.clone())).collect();
+    // What is empty already, and has to stay, is no work.
+    let stays = |table: Table, chain: &dyn ToString, is_empty: bool| {
+        is_empty && delta.led_to.contains(&(table, chain.to_string()))
+    };
+    let own = present.own.iter();
+    delta.gone = own
+        .filter(|(chain, content)| !stays(Table::Nat, chain, content.is_empty()))
+        .map(|(chain, _)| *chain)
+        .collect();
     delta.gone.sort_unstable();
-    delta.unchained = CHAINS.into_iter().filter(|at| present.base.contains_key(at)).collect();
-    let places = present.places.keys().map(|place| (place.table(), place.name()));
+    let base = |at: &(Table, &'static str)| {
+        present.base.get(at).is_some_and(|content| !stays(at.0, &at.1, content.is_empty()))
+    };
+    delta.unchained = CHAINS.into_iter().filter(base).collect();
+    let places = present
+        .places
+        .iter()
+        .map(|(place, lines)| (place.table(), place.name(), lines.set.is_empty()))
+        .filter(|(table, name, empty)| !stays(*table, name, *empty))
+        .map(|(table, name, _)| (table, name));
     delta.unchained.extend(places);
     delta.unchained.extend(present.of_ipvs);
     if !guarded {
@@ -100,5 +119,14 @@ pub(super) fn remove(programs: &Programs) -> Result<(), BackendError> {
     }
     programs.restore(input)?;
     tracing::info!(iptables = programs.version, "rules of a proxy are removed");
+    for Jump { table, chain, rule, target } in leading {
+        tracing::warn!(
+            table = table.as_str(),
+            chain,
+            rule,
+            "another program's rule leads to {target}, which stays for it, empty: what it wants of \
+             a proxy is not done any more"
+        );
+    }
     Ok(())
 }

@@ -26,6 +26,11 @@ pub(crate) struct Content {
 }
 
 impl Content {
+    /// Whether there is no rule.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rules == 0
+    }
+
     /// That of these rules, in this order.
     pub(crate) fn of<'a>(rules: impl IntoIterator<Item = &'a str>) -> Self {
         let mut content = Contents::default();
@@ -88,6 +93,15 @@ pub(crate) struct Jump {
     pub(crate) table: Table,
     pub(crate) chain: String,
     pub(crate) rule: String,
+    pub(crate) target: String,
+}
+
+impl Jump {
+    /// Whether it stands in a chain of the kernel's own, where proxies put theirs, and not in one
+    /// that another program has made.
+    pub(crate) fn is_built_in(&self) -> bool {
+        ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"].contains(&&*self.chain)
+    }
 }
 
 /// What should be there.
@@ -132,6 +146,8 @@ pub(crate) struct Delta {
     pub(crate) outdated: Vec<String>,
     /// The chains in these two are only emptied, as somebody else's rules lead to them.
     pub(crate) emptied: bool,
+    /// To these chains somebody else's rules lead: if they go, they are only emptied.
+    pub(crate) led_to: BTreeSet<(Table, String)>,
 }
 
 #[derive(Debug, Default)]

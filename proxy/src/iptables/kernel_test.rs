@@ -9,7 +9,7 @@ use std::{
 use keelson_api::object::ObjectKey;
 use serde_json::{Value, json};
 
-use super::{Rules, Settings, Variant, cleanup, golden::settings};
+use super::{Rules, Settings, Variant, golden::settings};
 use crate::{
     backend::{Applied, Backend, Goal},
     model::{
@@ -26,7 +26,7 @@ use crate::{
     },
 };
 
-const ALL: [(Family, Variant); 4] = [
+pub(super) const ALL: [(Family, Variant); 4] = [
     (Family::V4, Variant::Nft),
     (Family::V6, Variant::Nft),
     (Family::V4, Variant::Legacy),
@@ -64,7 +64,7 @@ impl Proxy {
         take_in(objects, desired, self.rules.family(), object)
     }
 
-    fn apply(&mut self, object: Value) -> Applied {
+    pub(super) fn apply(&mut self, object: Value) -> Applied {
         let units = self.take_in(object);
         let goal = Goal { desired: &self.desired, objects: &self.objects };
         let applied = self.rules.apply(&units, goal).unwrap();
@@ -72,7 +72,7 @@ impl Proxy {
         applied
     }
 
-    fn synchronize(&mut self) -> Applied {
+    pub(super) fn synchronize(&mut self) -> Applied {
         let goal = Goal { desired: &self.desired, objects: &self.objects };
         let applied = self.rules.synchronize(goal).unwrap();
         assert!(applied.refused.is_empty(), "{:?}", applied.refused);
@@ -150,7 +150,7 @@ pub(super) fn slice(family: Family, n: u8, endpoints: &[(u8, bool, bool)]) -> Va
     })
 }
 
-fn program(family: Family, variant: Variant) -> String {
+pub(super) fn program(family: Family, variant: Variant) -> String {
     let family = if family == Family::V4 { "iptables" } else { "ip6tables" };
     match variant {
         Variant::Nft => format!("{family}-nft"),
@@ -160,7 +160,7 @@ fn program(family: Family, variant: Variant) -> String {
 }
 
 /// All rules, without what changes by itself.
-fn saved(host: &Namespace, family: Family, variant: Variant) -> String {
+pub(super) fn saved(host: &Namespace, family: Family, variant: Variant) -> String {
     let save = program(family, variant);
     host.sh(&format!("for t in mangle filter nat; do {save}-save -t $t; done 2>/dev/null | grep -v '^#' | sed 's/ \\[.*//'"))
 }
@@ -173,7 +173,7 @@ fn outside(family: Family, n: u8) -> String {
 }
 
 /// Services with every kind of rule.
-fn everything(family: Family) -> Vec<Value> {
+pub(super) fn everything(family: Family) -> Vec<Value> {
     let range = if family == Family::V4 { "192.0.2.0/25" } else { "2001:db8::/64" };
     let node_port = |n: u16| json!([{"name": "p80", "port": 80, "nodePort": 30_000 + n}]);
     vec![
@@ -389,41 +389,6 @@ fn foreign_edits_are_noticed_while_endpoints_change_without_pause() {
 }
 
 #[test]
-fn a_clean_up_leaves_others_alone() {
-    let host = Namespace::new();
-    let foreign = "iptables-nft -t nat -A PREROUTING -s 203.0.113.1 -j ACCEPT; \
-         iptables-legacy -t nat -N CNI-HOSTPORT-DNAT; iptables-legacy -N KUBE-KUBELET-CANARY";
-    host.sh(foreign);
-    let listed = |family, variant| saved(&host, family, variant);
-    let before = ALL.map(|(family, variant)| listed(family, variant).contains("KUBE-SERVICES"));
-    assert_eq!(before, [false; 4]);
-    for (family, variant) in ALL {
-        let mut proxy = Proxy::start(&host, Settings { variant, ..settings(family) });
-        proxy.synchronize();
-        everything(family).into_iter().for_each(|object| drop(proxy.apply(object)));
-    }
-    // As an older kube-proxy has it.
-    host.sh(
-        "iptables-nft -A INPUT -m comment --comment 'kubernetes service portals' -j KUBE-SERVICES",
-    );
-    host.sh("sysctl -qw net.ipv4.conf.all.route_localnet=0");
-    for _ in 0..2 {
-        host.run(|| [Family::V4, Family::V6].map(|family| cleanup(family).unwrap()));
-    }
-    for (family, variant) in ALL {
-        let left = listed(family, variant);
-        let ours: Vec<&str> = left
-            .lines()
-            .filter(|l| l.contains("KUBE-") && !l.contains("KUBE-KUBELET-CANARY"))
-            .collect();
-        assert!(ours.is_empty(), "{ours:?}");
-    }
-    assert!(listed(Family::V4, Variant::Nft).contains("-s 203.0.113.1/32 -j ACCEPT"));
-    assert!(listed(Family::V4, Variant::Legacy).contains("CNI-HOSTPORT-DNAT"));
-    assert!(listed(Family::V4, Variant::Legacy).contains("KUBE-KUBELET-CANARY"));
-}
-
-#[test]
 fn a_foreign_rule_that_leads_to_a_service_doesnt_keep_it_in_force() {
     for (family, variant) in ALL {
         let host = Namespace::new();
@@ -445,67 +410,6 @@ fn a_foreign_rule_that_leads_to_a_service_doesnt_keep_it_in_force() {
         host.sh(&format!("{ipt} -t nat -D PREROUTING -p udp -j {chain}"));
         proxy.synchronize();
         assert!(!saved(&host, family, variant).contains(&chain));
-    }
-}
-
-#[test]
-fn loopback_is_guarded_before_node_ports_answer_there() {
-    let route_localnet = "cat /proc/sys/net/ipv4/conf/all/route_localnet";
-    for (localhost_node_ports, family, routed) in
-        [(true, Family::V4, "1"), (false, Family::V4, "0"), (true, Family::V6, "0")]
-    {
-        let host = Namespace::new();
-        // As a kubelet has it.
-        host.sh("iptables -N KUBE-FIREWALL; iptables -A KUBE-FIREWALL -s 203.0.113.9 -j DROP");
-        let with = Settings { localhost_node_ports, ..settings(family) };
-        let mut proxy = Proxy::start(&host, with);
-        proxy.synchronize();
-        assert_eq!(host.sh(route_localnet).trim(), routed);
-        let rules = saved(&host, Family::V4, Variant::Host);
-        assert_eq!(rules.contains("block incoming localnet connections"), routed == "1");
-        assert!(rules.contains("-A KUBE-FIREWALL -s 203.0.113.9/32 -j DROP"), "{rules}");
-    }
-}
-
-#[test]
-fn a_clean_up_sets_back_what_the_mode_has_set_and_nothing_else() {
-    for (before, variant) in
-        [("0", Variant::Nft), ("0", Variant::Legacy), ("1", Variant::Nft), ("1", Variant::Legacy)]
-    {
-        let host = Namespace::new();
-        let setting = "net.ipv4.conf.all.route_localnet";
-        host.sh(&format!("sysctl -qw {setting}={before}"));
-        for _ in 0..2 {
-            // A second start finds the setting as the first one left it.
-            let mut proxy = Proxy::start(&host, Settings { variant, ..settings(Family::V4) });
-            proxy.synchronize();
-            assert_eq!(host.sh(&format!("sysctl -n {setting}")).trim(), "1");
-        }
-        host.run(|| [Family::V6, Family::V4].map(|family| cleanup(family).unwrap()));
-        assert_eq!(host.sh(&format!("sysctl -n {setting}")).trim(), before, "{variant:?}");
-        let left = saved(&host, Family::V4, variant);
-        assert_eq!(left.contains("block incoming localnet"), before == "1", "{left}");
-        assert!(!left.contains("KEELSON-"), "{left}");
-    }
-}
-
-#[test]
-fn a_start_without_node_ports_on_loopback_sets_back_what_another_has_set() {
-    for (before, variant) in [("0", Variant::Nft), ("0", Variant::Legacy), ("1", Variant::Nft)] {
-        let host = Namespace::new();
-        let setting = "net.ipv4.conf.all.route_localnet";
-        host.sh(&format!("sysctl -qw {setting}={before}"));
-        for (localhost_node_ports, expected) in [(true, "1"), (false, before), (false, before)] {
-            let with = Settings { variant, localhost_node_ports, ..settings(Family::V4) };
-            let mut proxy = Proxy::start(&host, with);
-            proxy.synchronize();
-            assert_eq!(host.sh(&format!("sysctl -n {setting}")).trim(), expected, "{variant:?}");
-            let rules = saved(&host, Family::V4, variant);
-            // Who else has set it needs the guard still.
-            assert_eq!(rules.contains("block incoming localnet"), expected == "1", "{rules}");
-            let noted = rules.contains("KEELSON-LOCALNET");
-            assert_eq!(noted, localhost_node_ports && before == "0", "{rules}");
-        }
     }
 }
 

@@ -88,7 +88,7 @@ impl Rules {
         let mut delta = Delta::default();
         {
             let present = &self.held().present;
-            let to_guard = present.jumps.iter().filter(|jump| jump.rule.ends_with(GUARD));
+            let to_guard = present.jumps.iter().filter(|jump| jump.target == GUARD);
             delta.farewells = to_guard.cloned().collect();
             delta.unchained = present.guest_chains.iter().copied().collect();
         }

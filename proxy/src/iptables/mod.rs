@@ -48,6 +48,8 @@ pub(crate) mod service;
 pub(crate) mod text;
 
 #[cfg(test)]
+mod cleanup_test;
+#[cfg(test)]
 mod drift_test;
 #[cfg(test)]
 mod golden;

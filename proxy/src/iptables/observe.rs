@@ -95,15 +95,15 @@ fn read_jump(table: Table, chain: &str, rule: &str, present: &mut Present) {
             || of_ipvs(table, target).is_some()
             || CHAINS.iter().any(|(t, name)| *t == table && *name == target)
             || Place::ALL.iter().any(|p| p.table() == table && p.name() == target)
+            || table == Table::Nat && (OwnChain::parse(target).is_some() || is_outdated(target))
     };
-    if rule
-        .split(' ')
-        .rev()
-        .zip(rule.split(' ').rev().skip(1))
-        .any(|(target, word)| matches!(word, "-j" | "-g") && ours(target))
+    let words = rule.split(' ').rev();
+    let mut targets = words.clone().zip(words.skip(1));
+    if let Some((target, _)) =
+        targets.find(|(target, word)| matches!(*word, "-j" | "-g") && ours(target))
     {
-        let (chain, rule) = (chain.to_owned(), rule.to_owned());
-        present.jumps.push(Jump { table, chain, rule });
+        let (chain, rule, target) = (chain.to_owned(), rule.to_owned(), target.to_owned());
+        present.jumps.push(Jump { table, chain, rule, target });
     }
 }
 

@@ -107,8 +107,12 @@ impl Script {
             part.declare(chain.name);
             chain.rules.iter().for_each(|rule| part.append(chain.name, rule));
         }
+        let is_led_to = |table, chain: &dyn Display| {
+            !delta.led_to.is_empty() && delta.led_to.contains(&(table, chain.to_string()))
+        };
         for (table, chain) in &delta.unchained {
-            script.part(*table).remove(chain);
+            let part = script.part(*table);
+            if is_led_to(*table, chain) { part.declare(chain) } else { part.remove(chain) }
         }
         for (table, chain) in &delta.guest_chains {
             script.part(*table).declare(chain);
@@ -126,7 +130,11 @@ impl Script {
             rules.iter().for_each(|rule| script.nat.append(chain, rule));
         }
         let clear = |part: &mut Part, chain: &dyn Display| {
-            if delta.emptied { part.declare(chain) } else { part.remove(chain) }
+            if delta.emptied || is_led_to(Table::Nat, chain) {
+                part.declare(chain);
+            } else {
+                part.remove(chain);
+            }
         };
         delta.gone.iter().for_each(|chain| clear(&mut script.nat, chain));
         delta.outdated.iter().for_each(|chain| clear(&mut script.nat, chain));
