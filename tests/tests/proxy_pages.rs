@@ -32,12 +32,14 @@ impl Node {
         let mut node = Self { machine: Machine::new(), children: Vec::new() };
         let control_plane = node.machine.keelson(&["control-plane", "--node-name", "n1"]);
         node.spawn(control_plane, "control-plane.log");
-        wait_for("the API server", DEADLINE, || {
-            let mut kubectl = node.machine.command("kubectl");
-            kubectl.env("KUBECONFIG", node.machine.data_dir().join("admin.conf"));
-            answer(&run(kubectl.args(["get", "--raw", "/readyz"])))
-        });
+        wait_for("the API server", DEADLINE, || node.kubectl(&["get", "--raw", "/readyz"]));
         node
+    }
+
+    fn kubectl(&self, arguments: &[&str]) -> Result<String, String> {
+        let mut kubectl = self.machine.command("kubectl");
+        kubectl.env("KUBECONFIG", self.machine.data_dir().join("admin.conf"));
+        answer(&run(kubectl.args(arguments)))
     }
 
     fn spawn(&mut self, mut command: Command, log: &str) {
@@ -186,6 +188,16 @@ fn a_daemon_set_of_kube_proxys_finds_what_it_knows() {
         assert!(log.contains(said), "{said} isn't in {log}");
     }
     prometheus_reads_the_metrics(&mut node);
+    wait_for("the Node's event", DEADLINE, || {
+        let columns = "-o=jsonpath={.items[*]['reportingComponent','type','reason']}";
+        let which = "--field-selector=involvedObject.kind=Node,involvedObject.name=n1";
+        let told = node.kubectl(&["get", "events", "-A", which, columns])?;
+        if told == "kube-proxy Normal Starting" { Ok(()) } else { Err(told) }
+    });
+    wait_for("the missing Node to be told", DEADLINE, || {
+        let log = node.log("proxy.log");
+        if log.contains("the cluster has no such Node") { Ok(()) } else { Err(log) }
+    });
 
     // It is asked how it is configured.
     let mut explain =
