@@ -437,8 +437,10 @@ pub(crate) fn run(args: &AgentArgs) -> anyhow::Result<()> {
     let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
     let settings = settings(&args.node)?;
     check_machine(settings.fail_cgroup_v1 == Some(false))?;
-    let (name, address) =
-        (node::name(args.node.node_name.as_deref())?, node::address(args.node.node_ip)?);
+    let (name, address) = (
+        node::name(args.node.node_name.as_deref(), "--node-name")?,
+        node::address(args.node.node_ip)?,
+    );
     run::block_on(async {
         let shutdown = run::shutdown_on_signal()?;
         let mut held = instance::hold(

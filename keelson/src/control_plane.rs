@@ -244,7 +244,7 @@ fn start_dns(
 pub(crate) fn run(args: &ControlPlaneArgs) -> anyhow::Result<()> {
     let paths = Paths::new(args.data.data_dir.as_deref()).context("data folder")?;
     let address = node::address(args.advertise_address)?;
-    let name = node::name(args.node_name.as_deref())?;
+    let name = node::name(args.node_name.as_deref(), "--node-name")?;
     run::block_on(async {
         let shutdown = run::shutdown_on_signal()?;
         let mut held = instance::hold(

@@ -206,7 +206,8 @@ async fn config(args: &ExplainPacketArgs) -> anyhow::Result<ProxyConfig> {
         }
     }
     let settings = ProxySettings::read(args.config.as_deref(), &ProxyFlags::default())?;
-    let name = node::name(args.node.as_deref().or(settings.hostname_override.as_deref()))?;
+    let name =
+        node::name(args.node.as_deref().or(settings.hostname_override.as_deref()), "--node")?;
     proxy::config(&settings, &name, Vec::new(), None)
 }
 

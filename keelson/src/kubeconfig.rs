@@ -102,7 +102,7 @@ fn issue(args: &KubeconfigArgs, paths: &Paths, admin: &str) -> anyhow::Result<St
     })?;
     let (user, group) = match (&args.node, &args.user) {
         (Some(name), _) => {
-            let name = node::name(Some(name))?;
+            let name = node::name(Some(name), "--node")?;
             let serving = signer.kubelet_server(&name, &args.address, args.expires_in)?;
             facts.serving = Some(serving.into());
             (format!("system:node:{name}"), Some("system:nodes"))

@@ -4,11 +4,12 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, bail};
 
-/// The node's name: as given, else the host name in lower case (as the kubelet has it).
+/// The node's name: as given (`by` says how that is done), else the host name in lower case (as the
+/// kubelet has it).
 ///
 /// # Errors
 /// When it is not a DNS subdomain, as a Node's name must be.
-pub(crate) fn name(given: Option<&str>) -> anyhow::Result<String> {
+pub(crate) fn name(given: Option<&str>, by: &str) -> anyhow::Result<String> {
     let name = match given {
         Some(name) => name.to_owned(),
         None => nix::unistd::gethostname()
@@ -17,19 +18,24 @@ pub(crate) fn name(given: Option<&str>) -> anyhow::Result<String> {
             .trim()
             .to_lowercase(),
     };
+    if !is_name(&name) {
+        bail!("{name:?} can't be a node's name: {NAME} is wanted; give one with {by}");
+    }
+    Ok(name)
+}
+
+/// What a node's name consists of, in words.
+pub(crate) const NAME: &str = "a name of lower-case letters, digits, '-' and '.'";
+
+/// Whether this can be a node's name.
+pub(crate) fn is_name(name: &str) -> bool {
     let label = |part: &str| {
         !part.is_empty()
             && !part.starts_with('-')
             && !part.ends_with('-')
             && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
     };
-    if name.len() > 253 || !name.split('.').all(label) {
-        bail!(
-            "{name:?} can't be a node's name: lower-case letters, digits, '-' and '.' are allowed; \
-             give one with --node-name"
-        );
-    }
-    Ok(name)
+    name.len() <= 253 && name.split('.').all(label)
 }
 
 /// All addresses of this machine's interfaces.
@@ -106,9 +112,13 @@ mod tests {
 
     #[test]
     fn names_are_checked() {
-        assert_eq!(name(Some("node-1.example")).unwrap(), "node-1.example");
+        assert_eq!(name(Some("node-1.example"), "--x").unwrap(), "node-1.example");
         for bad in ["", "Node", "a_b", "-a", "a..b"] {
-            assert!(name(Some(bad)).is_err(), "{bad:?}");
+            let error = name(Some(bad), "--node-name").unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("{bad:?}")) && error.contains("--node-name"),
+                "{error}"
+            );
         }
     }
 

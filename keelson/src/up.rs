@@ -35,7 +35,7 @@ pub(crate) fn run(args: &UpArgs) -> anyhow::Result<()> {
     // What is wrong with flags and files is said before anything begins, and before the background.
     let settings = agent::settings(&args.node)?;
     let proxy_settings = ProxySettings::read(args.proxy_config.as_deref(), &ProxyFlags::default())?;
-    let name = node::name(args.node.node_name.as_deref())?;
+    let name = node::name(args.node.node_name.as_deref(), "--node-name")?;
     let address = node::address(args.node.node_ip)?;
     agent::check_machine(settings.fail_cgroup_v1 != Some(true))?;
     if args.detach {

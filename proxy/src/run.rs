@@ -197,7 +197,7 @@ fn connection_cleaner(chosen: &Chosen, metrics: &Metrics) -> Option<Cleaner> {
 
 /// The node's addresses as far as they are configured, the main one first.
 fn node_ips(config: &ProxyConfig) -> Vec<IpAddr> {
-    let main = config.bind_address;
+    let main = config.main_address();
     let others = config.node_ips.iter().copied();
     main.into_iter().chain(others.filter(|ip| Some(*ip) != main)).collect()
 }

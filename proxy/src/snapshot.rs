@@ -3,7 +3,7 @@
 //! `keelson proxy --dry-run` and `keelson explain` ask here. It is made by the same steps as in the
 //! running proxy, from the same tables.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use k8s_openapi::api::{
     core::v1::{Node, Service as ApiService},
@@ -11,16 +11,19 @@ use k8s_openapi::api::{
     networking::v1::ServiceCIDR,
 };
 use keelson_api::object::ObjectKey;
+use tokio::sync::watch;
 
 use crate::{
     backend::Goal,
     config::{DetectLocal, Mode, ProxyConfig},
+    health_check::HealthChecks,
     iptables,
     model::{
         Family, Problem, service_ranges::ServiceRanges, services::Service, slices::Slice,
         table::ServiceTable,
     },
     nftables,
+    proxier::conflicts,
     ruleset::{
         AddressSet,
         desired::{Desired, ServiceRules},
@@ -117,15 +120,20 @@ impl Snapshot {
         }
         desired.set_service_ranges(ranges.all());
         let mut keys: Vec<ObjectKey> = objects.keys().cloned().collect();
-        keys.sort_unstable();
+        // By age: who comes later is who is told that another Service has what it wants.
+        keys.sort_by_cached_key(|key| (objects.created(key), key.clone()));
+        let mut health_checks = HealthChecks::new(watch::Sender::new(Arc::default()));
         for key in keys {
             let (rules, problems) = objects.rules(&key, &families).unzip();
             refuse("Service", &key, problems.unwrap_or_default());
             let taken = desired.replace(&key, rules).taken;
-            let conflicts = taken.into_iter().map(|(frontend, owner)| {
-                Problem::new("PortConflict", format!("{frontend} is that of the Service {owner}"))
-            });
-            refuse("Service", &key, conflicts.collect());
+            refuse("Service", &key, conflicts(&taken).collect());
+            if let Some((younger, problem)) = health_checks.note(&key, &objects) {
+                refuse("Service", &younger, vec![problem]);
+            }
+        }
+        for (service, problem) in health_checks.publish(&desired) {
+            refuse("Service", &service, vec![problem]);
         }
         (Self { config, families, objects, desired, local_addresses: Vec::new() }, refusals)
     }
@@ -163,5 +171,60 @@ impl Snapshot {
             Mode::Userspace => userspace::text(*family, &self.desired),
         });
         each.collect::<Vec<_>>().join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A Service that claims everything that two can quarrel about.
+    fn service(name: &str, created: &str) -> ApiService {
+        let object = json!({
+            "metadata": {"namespace": "default", "name": name, "creationTimestamp": created},
+            "spec": {"type": "LoadBalancer", "externalTrafficPolicy": "Local",
+                "clusterIP": "10.96.1.1", "clusterIPs": ["10.96.1.1"],
+                "externalIPs": ["203.0.113.9"], "healthCheckNodePort": 30200,
+                "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30100}]},
+        });
+        serde_json::from_value(object).unwrap()
+    }
+
+    #[test]
+    fn the_younger_service_is_told_what_the_older_has_in_either_order() {
+        let (younger, older) =
+            (service("a", "2026-01-02T00:00:00Z"), service("b", "2026-01-01T00:00:00Z"));
+        for services in [vec![younger.clone(), older.clone()], vec![older, younger]] {
+            let objects = Objects { services, ..Objects::default() };
+            let (_, refusals) = Snapshot::new(ProxyConfig::new("n"), &objects);
+            let told: Vec<String> =
+                refusals.into_iter().map(|r| format!("{}: {}", r.object, r.message)).collect();
+            let what = [
+                "TCP 10.96.1.1:80",
+                "TCP 203.0.113.9:80",
+                "TCP node port 30100 (IPv4)",
+                "health check node port 30200",
+            ];
+            let expected =
+                what.map(|w| format!("default/a: {w} is that of the older Service default/b"));
+            assert_eq!(told, expected);
+        }
+    }
+
+    #[test]
+    fn a_health_check_port_that_is_a_node_port_is_told() {
+        let mut checked = service("a", "2026-01-01T00:00:00Z");
+        let spec = checked.spec.as_mut().unwrap();
+        (spec.cluster_ip, spec.cluster_ips) = (Some("10.96.1.2".into()), None);
+        (spec.external_ips, spec.health_check_node_port) = (None, Some(30100));
+        spec.ports.as_mut().unwrap()[0].node_port = Some(30101);
+        let services = vec![checked, service("b", "2026-01-02T00:00:00Z")];
+        let objects = Objects { services, ..Objects::default() };
+        let (_, refusals) = Snapshot::new(ProxyConfig::new("n"), &objects);
+        let [refusal] = &refusals[..] else { panic!("{refusals:?}") };
+        assert_eq!(refusal.object, ObjectKey::new("default", "a"));
+        assert!(refusal.message.contains("node port of the Service default/b"), "{refusal:?}");
     }
 }

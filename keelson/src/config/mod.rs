@@ -2,11 +2,12 @@
 //!
 //! Three things can be with a field. It is supported: it takes effect. It is documented but not
 //! supported here: a warning names it. It is wrong (unknown, or of another type): an error names it
-//! with its line, and nothing starts. kube-proxy goes on with a warning where a field is unknown or
+//! with its line, beside everything else that is wrong, and nothing starts. kube-proxy goes on with a warning where a field is unknown or
 //! stands twice, and so does this ([`Unknown::Warned`]): old files keep fields that are long gone.
 
 pub(crate) mod duration;
 mod kubelet;
+mod origin;
 mod proxy;
 mod proxy_flags;
 mod proxy_logging;
@@ -20,7 +21,8 @@ use keelson_api::quantity::Quantity;
 use serde_json::{Map, Value};
 
 pub(crate) use kubelet::KubeletSettings;
-pub(crate) use proxy::{PacketFilter, ProxySettings};
+pub(crate) use origin::Wrong;
+pub(crate) use proxy::{Conntrack, PacketFilter, ProxySettings};
 pub(crate) use proxy_flags::ProxyFlags;
 pub(crate) use proxy_logging::{LogFormat, ProxyLogging};
 
@@ -172,6 +174,7 @@ enum Unknown {
 /// A config file as read: its fields, and what of them has no effect.
 #[derive(Debug)]
 struct Checked {
+    text: String,
     fields: Value,
     unsupported: Vec<String>,
 }
@@ -226,11 +229,17 @@ fn check(
         text: &text,
         unknown,
         path: Vec::new(),
+        wrong: Vec::new(),
         unsupported: repeated.into_iter().collect(),
     };
-    check.fields(&fields, table)?;
-    let unsupported = check.unsupported;
-    Ok(Checked { fields: Value::Object(fields), unsupported })
+    check.fields(&fields, table);
+    let (mut wrong, unsupported) = (check.wrong, check.unsupported);
+    if !wrong.is_empty() {
+        wrong.sort_unstable();
+        let told = wrong.into_iter().map(|(line, message)| format!("line {line}: {message}"));
+        bail!("{}", told.collect::<Vec<_>>().join("; "));
+    }
+    Ok(Checked { text: text.into_owned(), fields: Value::Object(fields), unsupported })
 }
 
 /// What is on the way through a file's fields.
@@ -238,34 +247,32 @@ struct Check<'a> {
     text: &'a str,
     unknown: Unknown,
     path: Vec<&'a str>,
+    /// Lines, and what is wrong on them.
+    wrong: Vec<(usize, String)>,
     unsupported: Vec<String>,
 }
 
 impl<'a> Check<'a> {
-    fn fields(
-        &mut self,
-        fields: &'a Map<String, Value>,
-        table: &[(&str, Field)],
-    ) -> anyhow::Result<()> {
+    fn fields(&mut self, fields: &'a Map<String, Value>, table: &[(&str, Field)]) {
         for (name, value) in fields {
             self.path.push(name);
             let known = table.iter().find(|(known, _)| known == name);
-            self.field(known.map(|(_, field)| *field), value)?;
+            self.field(known.map(|(_, field)| *field), value);
             self.path.pop();
         }
-        Ok(())
     }
 
-    fn field(&mut self, known: Option<Field>, value: &'a Value) -> anyhow::Result<()> {
+    fn field(&mut self, known: Option<Field>, value: &'a Value) {
         let (line, path) = (line_of(self.text, &self.path), self.path.join("."));
         match known {
             None if self.unknown == Unknown::Refused => {
-                bail!("line {line}: unknown field {path:?}")
+                self.wrong.push((line, format!("unknown field {path:?}")));
             }
             None => self.unsupported.push(format!("line {line}: unknown field {path:?}")),
             _ if value.is_null() => {}
             Some(Field::Supported(kind)) if !kind.fits(value) => {
-                bail!("line {line}: {path}: {} is wanted, not {value}", kind.name());
+                let message = format!("{path}: {} is wanted, not {value}", kind.name());
+                self.wrong.push((line, message));
             }
             Some(Field::Supported(_)) => {}
             Some(Field::Unsupported) => {
@@ -276,11 +283,12 @@ impl<'a> Check<'a> {
                 self.unsupported.push(format!("line {line}: {path} has no effect: {why}"));
             }
             Some(Field::Object(table)) => match value {
-                Value::Object(fields) => self.fields(fields, table)?,
-                _ => bail!("line {line}: {path}: an object is wanted, not {value}"),
+                Value::Object(fields) => self.fields(fields, table),
+                _ => {
+                    self.wrong.push((line, format!("{path}: an object is wanted, not {value}")));
+                }
             },
         }
-        Ok(())
     }
 }
 
@@ -297,17 +305,28 @@ fn says_nothing(value: &Value) -> bool {
 }
 
 /// The line that a field stands on: the last of a run of lines that begin with the path's keys in
-/// their order. Counted from 1; 1 if it can't be found (flow style).
+/// their order, each within the one before. Counted from 1; 1 if it can't be found (flow style).
 fn line_of(text: &str, path: &[&str]) -> usize {
     let mut wanted = path.iter();
     let mut next = wanted.next();
     let mut found = 1;
+    let mut around = None;
     for (index, line) in text.lines().enumerate() {
         let Some(key) = next else { break };
-        let line = line.trim_start().trim_start_matches(['"', '\'', '{', ' ']);
-        let rest = line.strip_prefix(key).map(|rest| rest.trim_start_matches(['"', '\'']));
+        let begin = line.trim_start();
+        let indent = line.len() - begin.len();
+        if begin.is_empty() || begin.starts_with('#') {
+            continue;
+        }
+        if around.is_some_and(|around| indent <= around) {
+            // What follows is another field's; this one is on the line of what it is in.
+            break;
+        }
+        let begin = begin.trim_start_matches(['"', '\'', '{', ' ']);
+        let rest = begin.strip_prefix(key).map(|rest| rest.trim_start_matches(['"', '\'']));
         if rest.is_some_and(|rest| rest.trim_start().starts_with(':')) {
             found = index + 1;
+            around = Some(indent);
             next = wanted.next();
         }
     }
@@ -348,6 +367,12 @@ mod tests {
             ("prot: 1\n", "line 3: unknown field \"prot\""),
             ("inner:\n  nam: x\n", "line 4: unknown field \"inner.nam\""),
             ("inner: 3\n", "line 3: inner: an object is wanted, not 3"),
+            (
+                "wait: 1\ninner: {name: 1}\nlater: {\n  name: 2}\nport: x\n",
+                "line 3: wait: a duration such as 10s or 1m30s is wanted, not 1; \
+                 line 4: inner.name: text is wanted, not 1; \
+                 line 7: port: a whole number is wanted, not \"x\"",
+            ),
         ] {
             assert_eq!(checked(body).unwrap_err().to_string(), message);
         }

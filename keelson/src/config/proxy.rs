@@ -7,17 +7,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Field, ProxyFlags, Type, Unknown};
+use super::{Field, ProxyFlags, Type, Unknown, Wrong, origin::Origin};
 
 const KIND: &str = "KubeProxyConfiguration";
 const GROUP: &str = "kubeproxy.config.k8s.io/v1alpha1";
 
 const BOOL: Field = Field::Supported(Type::Bool);
 const DURATION: Field = Field::Supported(Type::Duration);
+const COUNT: Field = Field::Supported(Type::Within(0, u32::MAX as i64));
 const INTEGER: Field = Field::Supported(Type::Integer);
 const TEXT: Field = Field::Supported(Type::Text);
 const WATCHES: Field =
@@ -44,8 +45,8 @@ const FIELDS: &[(&str, Field)] = &[
     (
         "conntrack",
         Field::Object(&[
-            ("maxPerCore", INTEGER),
-            ("min", INTEGER),
+            ("maxPerCore", COUNT),
+            ("min", COUNT),
             ("tcpBeLiberal", BOOL),
             ("tcpCloseWaitTimeout", DURATION),
             ("tcpEstablishedTimeout", DURATION),
@@ -95,7 +96,7 @@ const FIELDS: &[(&str, Field)] = &[
         ]),
     ),
     ("nodePortAddresses", Field::Supported(Type::Texts)),
-    ("oomScoreAdj", INTEGER),
+    ("oomScoreAdj", Field::Supported(Type::Within(-1000, 1000))),
     ("portRange", Field::NoEffect("node ports are what the Services say")),
     ("showHiddenMetricsForVersion", Field::NoEffect("no metrics are hidden")),
     ("windowsRunAsService", WINDOWS),
@@ -139,6 +140,9 @@ pub(crate) struct ProxySettings {
     pub(crate) node_port_addresses: Option<Vec<String>>,
     /// How unlikely the kernel is to kill the process when memory is short.
     pub(crate) oom_score_adj: Option<i32>,
+    /// Where all this comes from.
+    #[serde(skip)]
+    pub(crate) origin: Origin,
 }
 
 /// `clientConnection`.
@@ -187,11 +191,13 @@ impl ProxySettings {
     /// When the file can't be read or something in it is wrong.
     pub(crate) fn read(path: Option<&Path>, flags: &ProxyFlags) -> anyhow::Result<Self> {
         let mut fields = Value::Object(Map::new());
+        let mut origin = Origin::flags(flags.fields());
         if let Some(path) = path {
             let checked = super::read(path, KIND, GROUP, FIELDS, Unknown::Warned)?;
             for field in checked.unsupported {
                 tracing::warn!(file = %path.display(), "{field}");
             }
+            origin.file(path, checked.text, checked.fields.clone());
             fields = without_nothing(checked.fields);
         }
         for (name, why) in flags.without_effect() {
@@ -202,12 +208,10 @@ impl ProxySettings {
             Some(path) => format!("config file {}", path.display()),
             None => "flags".to_owned(),
         })?;
-        if settings
-            .hostname_override
-            .as_deref()
-            .is_some_and(|name| !name.is_empty() && name.trim().is_empty())
-        {
-            bail!("hostnameOverride: a name is wanted, not blanks");
+        settings.origin = origin;
+        let blanks = |name: &str| !name.is_empty() && name.trim().is_empty();
+        if settings.hostname_override.as_deref().is_some_and(blanks) {
+            settings.refuse("hostnameOverride", "a name is wanted, not blanks")?;
         }
         // As kube-proxy has it: an empty name is none, and upper case is lower case.
         settings.hostname_override = settings
@@ -215,6 +219,16 @@ impl ProxySettings {
             .map(|name| name.trim().to_lowercase())
             .filter(|name| !name.is_empty());
         Ok(settings)
+    }
+
+    /// Fails with what is wrong with one field, and its place.
+    ///
+    /// # Errors
+    /// Always.
+    pub(crate) fn refuse(&self, field: &str, why: &str) -> anyhow::Result<()> {
+        let mut wrong = Wrong::default();
+        wrong.unless::<()>(field, Err(format!("{field}: {why}")));
+        self.origin.check(wrong)
     }
 }
 

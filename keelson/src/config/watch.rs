@@ -14,18 +14,19 @@ use crate::bounded;
 /// leads elsewhere, of which the kernel tells nothing to who follows the file itself.
 const CHECK: Duration = Duration::from_secs(5);
 
-/// A config file, and what was in it when it was last looked at.
+/// A config file, what is in use of it, and what was in it when it was last looked at.
 pub(crate) struct Watched {
     path: PathBuf,
-    content: Content,
+    used: Content,
+    seen: Content,
 }
 
 impl Watched {
     /// The file as it is now. To be called before its settings are read: what changes between the
     /// two is read twice, and nothing is missed.
     pub(crate) fn new(path: PathBuf) -> Self {
-        let content = Content::of(&path);
-        Self { path, content }
+        let used = Content::of(&path);
+        Self { path, seen: used.clone(), used }
     }
 
     /// Where it is.
@@ -33,8 +34,9 @@ impl Watched {
         &self.path
     }
 
-    /// Waits until the file has other content that is right. Content that is wrong is told once,
-    /// and nothing follows from it. Returns false if `shutdown` came first.
+    /// Waits until the file has other content that is right, and still has it once that is known.
+    /// Content that is wrong is told once, and nothing follows from it, nor from its being taken
+    /// back. Returns false if `shutdown` came first.
     pub(crate) async fn changed(
         mut self,
         check: impl Fn(&Path) -> anyhow::Result<()>,
@@ -46,25 +48,31 @@ impl Watched {
                 _ = ticks.tick() => {}
                 () = shutdown.cancelled() => return false,
             }
-            let path = self.path.clone();
-            let Ok(found) = tokio::task::spawn_blocking(move || Content::of(&path)).await else {
-                // It panicked; the next look may not.
+            let Some(found) = self.look().await else { continue };
+            if !self.seen.is_new(found) || self.seen == self.used {
                 continue;
-            };
-            if self.content.is_new(found) {
-                match check(&self.path) {
-                    Ok(()) => return true,
-                    Err(error) => {
-                        tracing::error!("{error:#}; going on with the configuration from before");
-                    }
+            }
+            match check(&self.path) {
+                // What was changed and restored meanwhile has not changed.
+                Ok(()) if self.look().await.as_ref() == Some(&self.seen) => return true,
+                Ok(()) => {}
+                Err(error) => {
+                    tracing::error!("{error:#}; going on with the configuration from before");
                 }
             }
         }
     }
+
+    /// What is in the file now.
+    async fn look(&self) -> Option<Content> {
+        let path = self.path.clone();
+        // If it panics, the next look may not.
+        tokio::task::spawn_blocking(move || Content::of(&path)).await.ok()
+    }
 }
 
 /// What is in a file; `None` if that can't be told.
-#[derive(PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 struct Content(Option<Vec<u8>>);
 
 impl Content {
@@ -114,5 +122,41 @@ mod tests {
         let (watched, shutdown) = (Watched::new(path), CancellationToken::new());
         shutdown.cancel();
         assert!(!watched.changed(|_| Ok(()), shutdown).await);
+    }
+
+    /// Each content that is met, in turn, and what is in the file once it was checked.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_changed_and_restored_has_not_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config");
+        std::fs::write(&path, "in use").unwrap();
+        let watched = Watched::new(path.clone());
+        std::fs::write(&path, "wrong").unwrap();
+        let checked = std::sync::Mutex::new(Vec::new());
+        let check = |path: &Path| {
+            let found = std::fs::read_to_string(path)?;
+            checked.lock().unwrap().push(found.clone());
+            match found.as_str() {
+                // Restored, and changed for a moment: neither is to be acted on.
+                "wrong" => {
+                    std::fs::write(path, "in use")?;
+                    tokio::spawn(write_after(2 * CHECK, path.to_owned(), "brief"));
+                    anyhow::bail!("it is wrong");
+                }
+                "brief" => {
+                    std::fs::write(path, "in use")?;
+                    tokio::spawn(write_after(2 * CHECK, path.to_owned(), "other"));
+                }
+                _ => {}
+            }
+            Ok(())
+        };
+        assert!(watched.changed(check, CancellationToken::new()).await);
+        assert_eq!(*checked.lock().unwrap(), ["wrong", "brief", "other"]);
+    }
+
+    async fn write_after(time: Duration, path: PathBuf, content: &str) {
+        tokio::time::sleep(time + CHECK / 2).await;
+        std::fs::write(path, content).unwrap();
     }
 }

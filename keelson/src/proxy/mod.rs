@@ -59,9 +59,21 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
     run::block_on(serve(args, &settings, file))
 }
 
+/// The node's name: as the settings have it, else this machine's.
+///
+/// # Errors
+/// When no node can be called so.
+fn node_name(settings: &ProxySettings) -> anyhow::Result<String> {
+    let given = settings.hostname_override.as_deref();
+    if let Some(name) = given.filter(|name| !node::is_name(name)) {
+        settings.refuse("hostnameOverride", &format!("{} is wanted, not {name:?}", node::NAME))?;
+    }
+    node::name(given, "--hostname-override or hostnameOverride in the config file")
+}
+
 /// Does what needs full root, and nothing else.
 fn initialize(settings: &ProxySettings) -> anyhow::Result<()> {
-    let name = node::name(settings.hostname_override.as_deref())?;
+    let name = node_name(settings)?;
     let config = config(settings, &name, Vec::new(), None)?;
     // Modes that have tasks of their own want to be on a runtime.
     run::block_on(async {
@@ -93,7 +105,7 @@ async fn serve(
     settings: &ProxySettings,
     file: Option<Watched>,
 ) -> anyhow::Result<()> {
-    let name = node::name(settings.hostname_override.as_deref())?;
+    let name = node_name(settings)?;
     // What is wrong in the settings is told before anything else is looked at.
     let mut config = config(settings, &name, Vec::new(), None)?;
     let credentials = credentials(args, settings).await?;
@@ -155,6 +167,7 @@ async fn config_changed(
     let path = file.path().to_owned();
     let check = |path: &Path| {
         let settings = ProxySettings::read(Some(path), &flags)?;
+        node_name(&settings)?;
         config(&settings, &name, Vec::new(), None).map(drop)
     };
     if file.changed(check, shutdown).await {
@@ -184,7 +197,7 @@ async fn credentials(args: &ProxyArgs, settings: &ProxySettings) -> anyhow::Resu
 
 /// Writes what file, flags and defaults come to.
 fn write_config(path: &Path, settings: &ProxySettings) -> anyhow::Result<()> {
-    let name = node::name(settings.hostname_override.as_deref())?;
+    let name = node_name(settings)?;
     let mut document = config(settings, &name, Vec::new(), None)?.document();
     // A file without a name does for every node.
     document["hostnameOverride"] = settings.hostname_override.as_deref().unwrap_or_default().into();
@@ -206,7 +219,7 @@ fn dry_run(args: &ProxyArgs, settings: &ProxySettings) -> anyhow::Result<()> {
     let named = manifests.objects.node.as_ref().and_then(|node| node.metadata.name.clone());
     let name = match named {
         Some(name) => name,
-        None => node::name(settings.hostname_override.as_deref())?,
+        None => node_name(settings)?,
     };
     let mut config = config(settings, &name, Vec::new(), None)?;
     config.families = match args.family {
@@ -265,14 +278,19 @@ mod tests {
                 "nftables": {"masqueradeAll": true, "masqueradeBit": 3, "minSyncPeriod": "20ms",
                     "syncPeriod": "1m"},
             }),
+            json!({"bindAddress": "::"}),
             json!({"detectLocalMode": "NodeCIDR"}),
             json!({"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "b"},
                 "mode": "iptables", "iptables": {"localhostNodePorts": false, "masqueradeBit": 1}}),
             json!({"detectLocalMode": "InterfaceNamePrefix",
                 "detectLocal": {"interfaceNamePrefix": "veth"}}),
         ] {
-            let before = configured(fields).unwrap();
+            let before = configured(fields.clone()).unwrap();
             let document = before.document();
+            assert_eq!(
+                document["bindAddress"],
+                fields.get("bindAddress").cloned().unwrap_or_else(|| "0.0.0.0".into())
+            );
             assert_eq!(configured(document.clone()).unwrap(), before, "{document:#}");
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("config.yaml");

@@ -111,8 +111,8 @@ pub struct ProxyConfig {
     pub node_name: String,
     /// The node's addresses, if they are known; else they come from its Node object.
     pub node_ips: Vec<IpAddr>,
-    /// The node's main address (`bindAddress`), whose family must be served; none of it is listened
-    /// on.
+    /// The node's main address (`bindAddress`), whose family must be served unless it stands for
+    /// all addresses; none of it is listened on.
     pub bind_address: Option<IpAddr>,
     /// How rules are put into force.
     pub mode: Mode,
@@ -171,9 +171,14 @@ impl ProxyConfig {
         1 << (self.masquerade_bit & 31)
     }
 
+    /// The node's main address, where the configuration names one and not just all addresses.
+    pub(crate) fn main_address(&self) -> Option<IpAddr> {
+        self.bind_address.filter(|address| !address.is_unspecified())
+    }
+
     /// The family that must be served; others may be missing from the kernel.
     pub(crate) fn primary_family(&self) -> Family {
-        let known = self.bind_address.or_else(|| self.node_ips.first().copied());
+        let known = self.main_address().or_else(|| self.node_ips.first().copied());
         known.map(Family::of).or_else(|| self.families.first().copied()).unwrap_or(Family::V4)
     }
 
@@ -202,6 +207,13 @@ mod tests {
         assert_eq!(config.wanted_families(), [Family::V6, Family::V4]);
         config.bind_address = Some("192.0.2.1".parse().unwrap());
         assert_eq!(config.wanted_families(), [Family::V4, Family::V6]);
+        config.bind_address = Some("::".parse().unwrap());
+        config.node_ips.reverse();
+        assert_eq!(
+            config.wanted_families(),
+            [Family::V4, Family::V6],
+            "it is no address of its own"
+        );
         config.families = vec![Family::V4];
         assert_eq!(config.wanted_families(), [Family::V4]);
     }

@@ -49,7 +49,7 @@ use crate::{
     watches::{Change, ChangeKind},
 };
 
-pub(crate) use reports::Reports;
+pub(crate) use reports::{Reports, conflicts};
 
 /// What is to be done for a family at its first commit, with what is desired.
 type WhenInForce = Box<dyn FnMut(Family, Goal<'_>) + Send>;

@@ -224,7 +224,7 @@ impl Refusals {
 }
 
 /// Frontends that other Services have, in words.
-pub(super) fn conflicts(taken: &[(Frontend, ObjectKey)]) -> impl Iterator<Item = Problem> {
+pub(crate) fn conflicts(taken: &[(Frontend, ObjectKey)]) -> impl Iterator<Item = Problem> {
     taken.iter().filter_map(|(frontend, owner)| conflict(frontend, owner))
 }
 
