@@ -33,6 +33,14 @@ impl Origin {
         self.file = Some(File { path: path.to_owned(), text, fields });
     }
 
+    /// A field's value as it was written.
+    pub(crate) fn written(&self, field: &str) -> Option<&Value> {
+        let pointer = pointer(field);
+        let file = self.file.as_ref().map(|file| &file.fields);
+        let given = [Some(&self.flags), file].into_iter().flatten();
+        given.filter_map(|fields| fields.pointer(&pointer)).find(|value| !value.is_null())
+    }
+
     /// Everything that is wrong, with its file and line where that is where it stands.
     ///
     /// # Errors
@@ -40,7 +48,7 @@ impl Origin {
     pub(crate) fn check(&self, wrong: Wrong) -> anyhow::Result<()> {
         let (mut by_flags, mut in_file) = (Vec::new(), Vec::new());
         for (field, message) in wrong.0 {
-            let pointer = format!("/{}", field.replace('.', "/"));
+            let pointer = pointer(&field);
             let is_given = |fields: &Value| fields.pointer(&pointer).is_some_and(|v| !v.is_null());
             match &self.file {
                 _ if is_given(&self.flags) => by_flags.push(message),
@@ -63,6 +71,11 @@ impl Origin {
                 .collect();
         if told.is_empty() { Ok(()) } else { Err(anyhow!(told.join("; "))) }
     }
+}
+
+/// A field's path as `serde_json` has it.
+fn pointer(field: &str) -> String {
+    format!("/{}", field.replace('.', "/"))
 }
 
 /// What is wrong in settings.

@@ -316,8 +316,8 @@ fn bind_address(field: &str, text: &str, port: u16) -> Result<Option<SocketAddr>
     if let Ok(address) = text.parse::<IpAddr>() {
         return Ok(Some(SocketAddr::new(address, port)));
     }
-    let wrong = |_| wanted(field, "an IP address with a port, such as 127.0.0.1:10249,", text);
-    text.parse().map(Some).map_err(wrong)
+    let what = format!("an IP address with a port, such as 127.0.0.1:{port},");
+    text.parse().map(Some).map_err(|_| wanted(field, &what, text))
 }
 
 #[cfg(test)]

@@ -141,7 +141,12 @@ fn what_is_wrong_in_a_file_is_told_with_file_line_field_value_and_what_is_wanted
         (
             "hostnameOverride: Foo_Bar\n",
             "line 3: hostnameOverride: a name of lower-case letters, digits, '-' and '.' is wanted, \
-             not \"foo_bar\"",
+             not \"Foo_Bar\"",
+        ),
+        (
+            "healthzBindAddress: localhost\n",
+            "line 3: healthzBindAddress: an IP address with a port, such as 127.0.0.1:10256, is \
+             wanted, not \"localhost\"",
         ),
         ("hostnameOverride: '  '\n", "line 3: hostnameOverride: a name is wanted, not blanks"),
     ] {

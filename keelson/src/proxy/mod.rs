@@ -65,8 +65,10 @@ pub(crate) fn run(args: &ProxyArgs) -> anyhow::Result<()> {
 /// When no node can be called so.
 fn node_name(settings: &ProxySettings) -> anyhow::Result<String> {
     let given = settings.hostname_override.as_deref();
-    if let Some(name) = given.filter(|name| !node::is_name(name)) {
-        settings.refuse("hostnameOverride", &format!("{} is wanted, not {name:?}", node::NAME))?;
+    if given.is_some_and(|name| !node::is_name(name)) {
+        let field = "hostnameOverride";
+        let name = settings.origin.written(field).cloned().unwrap_or_else(|| given.into());
+        settings.refuse(field, &format!("{} is wanted, not {name}", node::NAME))?;
     }
     node::name(given, "--hostname-override or hostnameOverride in the config file")
 }
