@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use crate::{
     backend::Goal,
     config::{DetectLocal, Mode, ProxyConfig},
+    explain::Unserved,
     health_check::HealthChecks,
     iptables,
     model::{
@@ -64,6 +65,8 @@ pub struct Snapshot {
     pub(crate) desired: Desired,
     /// Addresses of the node's interfaces, where it is this machine.
     pub(crate) local_addresses: Vec<IpAddr>,
+    /// What Services leave to others.
+    pub(crate) unserved: Vec<Unserved>,
 }
 
 impl Snapshot {
@@ -135,7 +138,9 @@ impl Snapshot {
         for (service, problem) in health_checks.publish(&desired) {
             refuse("Service", &service, vec![problem]);
         }
-        (Self { config, families, objects, desired, local_addresses: Vec::new() }, refusals)
+        let unserved = from.services.iter().filter_map(Unserved::of).collect();
+        let local_addresses = Vec::new();
+        (Self { config, families, objects, desired, local_addresses, unserved }, refusals)
     }
 
     /// With the addresses of the node's interfaces, which its object need not name.

@@ -1,5 +1,7 @@
 //! Whether the kernel has what the answer says. Needs root.
 
+use std::collections::BTreeSet;
+
 use super::Explanation;
 use crate::{
     ProxyError,
@@ -25,44 +27,55 @@ impl Snapshot {
     /// # Errors
     /// When the kernel can't be asked.
     pub fn check(&self, answer: &mut Explanation) -> Result<(), ProxyError> {
-        let Some(unit) = answer.decided_by else { return Ok(()) };
-        let found = match (self.config.mode, unit) {
-            (Mode::Nftables, unit) => self.check_nftables(unit),
-            (Mode::Iptables, Unit::Frontend(frontend)) => self.check_iptables(&frontend),
-            (Mode::Iptables | Mode::Userspace, _) => return Ok(()),
+        let Some(family) = answer.met.first().map(Unit::family) else { return Ok(()) };
+        let found = match self.config.mode {
+            Mode::Nftables => self.check_nftables(family, &answer.met),
+            Mode::Iptables => self.check_iptables(family, &answer.met),
+            Mode::Userspace => return Ok(()),
         };
         answer.kernel = Some(found.map_err(|error| ProxyError::Unreadable(error.to_string()))?);
         Ok(())
     }
 
-    fn check_nftables(&self, unit: Unit) -> Result<Vec<String>, BackendError> {
-        let written = start::layout(&self.config, unit.family());
+    fn check_nftables(
+        &self,
+        family: Family,
+        met: &BTreeSet<Unit>,
+    ) -> Result<Vec<String>, BackendError> {
+        let written = start::layout(&self.config, family);
         let (held, strays) = match observe(&mut NftSocket::open()?, &written)? {
             Found::Intact { held, strays } => (held, strays),
             Found::Different(why) => {
                 return Ok(vec![format!("the table is not as it should be: {why}")]);
             }
         };
-        let related = self.desired.units().filter(|other| match (unit, other) {
-            (Unit::Frontend(frontend), Unit::Address(AddressSet::NodeAddresses, address)) => {
-                frontend.address.is_none() && Family::of(*address) == frontend.family
-            }
-            (Unit::Frontend(frontend), Unit::Address(_, address)) => {
-                Some(*address) == frontend.address
-            }
-            _ => false,
-        });
+        let mut units = met.clone();
+        if met.iter().any(|unit| matches!(unit, Unit::Frontend(Frontend { address: None, .. }))) {
+            let node = self.desired.node_addresses().iter().copied();
+            let node = node.filter(|address| Family::of(*address) == family);
+            units.extend(node.map(|address| Unit::Address(AddressSet::NodeAddresses, address)));
+        }
         let mut plan = Plan::default();
-        for unit in [unit].into_iter().chain(related) {
+        for unit in units {
             held.plan(unit, &self.desired, &mut plan);
         }
         Ok(differences(&written, [&plan.early, &plan.changes], &strays))
     }
 
-    fn check_iptables(&self, frontend: &Frontend) -> Result<Vec<String>, BackendError> {
-        let Some(owner) = self.desired.owner(frontend) else { return Ok(Vec::new()) };
-        let settings = start::settings(&self.config, frontend.family);
-        let missing = iptables::missing(&settings, self.goal(), owner)?;
-        Ok(missing.lines().map(|line| format!("would have to be restored: {line}")).collect())
+    fn check_iptables(
+        &self,
+        family: Family,
+        met: &BTreeSet<Unit>,
+    ) -> Result<Vec<String>, BackendError> {
+        let frontends = met.iter().filter_map(|unit| match unit {
+            Unit::Frontend(frontend) => Some(*frontend),
+            _ => None,
+        });
+        let settings = start::settings(&self.config, family);
+        let (missing, excess) =
+            iptables::differences(&settings, self.goal(), &frontends.collect::<Vec<_>>())?;
+        let missing = missing.lines().map(|line| format!("would have to be restored: {line}"));
+        let excess = excess.into_iter().map(|rule| format!("nobody wants: {rule}"));
+        Ok(missing.chain(excess).collect())
     }
 }

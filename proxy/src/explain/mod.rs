@@ -5,11 +5,13 @@
 //! eligible and why the others are not. [`check`] holds the answer against the kernel.
 
 mod check;
+mod masquerade;
 mod rules;
 mod text;
+mod unserved;
 mod why;
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 use serde::Serialize;
@@ -17,12 +19,13 @@ use serde::Serialize;
 use crate::{
     Protocol,
     config::{DetectLocal, Mode, NodePortAddresses},
-    model::{Endpoint, Family, services::TrafficPolicy, table::PortPlan},
+    model::{Family, services::TrafficPolicy, table::PortPlan},
     nftables::layout,
-    ruleset::{Action, AddressSet, Frontend, Lane, Masquerade, Unit},
+    ruleset::{Action, AddressSet, Frontend, Lane, Unit},
     snapshot::Snapshot,
 };
 
+pub(crate) use unserved::Unserved;
 pub use why::Candidate;
 
 /// Where a packet comes from.
@@ -63,6 +66,8 @@ pub enum Verdict {
     Dropped,
     /// It is answered with a reset or port unreachable.
     Rejected,
+    /// The proxy itself answers it, on a health check node port.
+    Answered,
     /// The proxy has no part in it.
     NotServices,
 }
@@ -73,6 +78,8 @@ pub enum Verdict {
 pub struct Explanation {
     /// The packet in words.
     pub packet: String,
+    /// The node whose proxy the answer is for.
+    pub node: String,
     /// Where it comes from.
     pub origin: Origin,
     /// What becomes of it.
@@ -98,12 +105,15 @@ pub struct Explanation {
     pub affinity_seconds: Option<u64>,
     /// Every endpoint of the port, and whether it is eligible.
     pub endpoints: Vec<Candidate>,
+    /// What is not known, or what else decides.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// What the kernel has otherwise; absent if it wasn't asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<Vec<String>>,
-    /// What of the ruleset it goes by.
+    /// What of the ruleset it meets, whether that should be there or not.
     #[serde(skip)]
-    decided_by: Option<Unit>,
+    met: BTreeSet<Unit>,
 }
 
 impl Snapshot {
@@ -112,6 +122,7 @@ impl Snapshot {
         let origin = self.origin(packet);
         let mut answer = Explanation {
             packet: format!("{} {} → {}", packet.protocol, packet.from, at(packet)),
+            node: self.config.node_name.clone(),
             origin,
             verdict: Verdict::NotServices,
             reason: String::new(),
@@ -122,8 +133,9 @@ impl Snapshot {
             masquerade: None,
             affinity_seconds: None,
             endpoints: Vec::new(),
+            notes: Vec::new(),
             kernel: None,
-            decided_by: None,
+            met: BTreeSet::new(),
         };
         let family = Family::of(packet.to);
         if family != Family::of(packet.from) {
@@ -132,20 +144,42 @@ impl Snapshot {
             answer.reason = format!("{} is not served", family.as_str());
         } else if self.config.mode == Mode::Userspace && packet.protocol == Protocol::Sctp {
             answer.reason = "SCTP is not relayed in the userspace mode".into();
-        } else if let Some((frontend, action)) = self.find(packet, origin) {
-            self.describe(packet, frontend, action, &mut answer);
-        } else if self.desired.has_address(AddressSet::ClusterAddresses, packet.to) {
-            self.unused_port(packet, &mut answer);
-        } else if let Some(range) = self.unallocated(packet, origin) {
-            answer.verdict = Verdict::Dropped;
-            answer.reason =
-                format!("no Service has this address, and it is in {range}, a range of theirs");
-            answer.rules.push(format!("set {}: {range}", layout::SERVICE_RANGES));
-            answer.decided_by = Some(Unit::ServiceRanges(family));
         } else {
-            answer.reason = "no Service has this address and port".into();
+            self.follow(packet, &mut answer);
         }
         answer
+    }
+
+    /// The way of a packet that the proxy may have to do with.
+    fn follow(&self, packet: &Packet, answer: &mut Explanation) {
+        let family = Family::of(packet.to);
+        let sets = [AddressSet::ClusterAddresses, AddressSet::NodeAddresses];
+        answer.met = sets.map(|set| Unit::Address(set, packet.to)).into();
+        for frontend in self.looked_up(packet, answer.origin) {
+            answer.met.insert(Unit::Frontend(frontend));
+            if let Some(action) = self.desired.action(&frontend) {
+                self.describe(packet, frontend, action, answer);
+                return;
+            }
+        }
+        answer.met.insert(Unit::ServiceRanges(family));
+        if self.desired.has_address(AddressSet::ClusterAddresses, packet.to) {
+            self.unused_port(packet, answer);
+        } else if let Some(range) = self.unallocated(packet, answer.origin) {
+            answer.verdict = Verdict::Dropped;
+            answer.reason = match self.left_to_others(packet) {
+                Some(why) => format!(
+                    "{why}; where nobody else translates it, {range} is a range \
+                                      of Services, and this proxy serves none there"
+                ),
+                None => {
+                    format!("no Service has this address, and it is in {range}, a range of theirs")
+                }
+            };
+            answer.rules.push(format!("set {}: {range}", layout::SERVICE_RANGES));
+        } else {
+            self.not_served(packet, answer);
+        }
     }
 
     fn unused_port(&self, packet: &Packet, answer: &mut Explanation) {
@@ -158,7 +192,6 @@ impl Snapshot {
         answer.reason = format!("the address is a Service's, but none has this port{then}");
         if self.config.mode == Mode::Nftables {
             answer.rules.push(format!("set {}: {}", layout::CLUSTER_IPS, packet.to));
-            answer.decided_by = Some(Unit::Address(AddressSet::ClusterAddresses, packet.to));
         }
     }
 
@@ -189,9 +222,9 @@ impl Snapshot {
         }
     }
 
-    /// The frontend that the packet's addresses lead to, as the rules look them up: for clients
+    /// The frontends that a packet's addresses may lead to, as the rules look them up: for clients
     /// inside first among what is for them alone, then among what is for everybody.
-    fn find(&self, packet: &Packet, origin: Origin) -> Option<(Frontend, &Action)> {
+    fn looked_up(&self, packet: &Packet, origin: Origin) -> impl Iterator<Item = Frontend> {
         let inside = origin != Origin::Outside;
         let node_port = self.answers_on_node_ports(packet.to);
         let lanes = [
@@ -200,15 +233,13 @@ impl Snapshot {
             (Lane::NodePortInside, inside && node_port),
             (Lane::NodePort, node_port),
         ];
-        lanes.into_iter().filter(|(_, looked_up)| *looked_up).find_map(|(lane, _)| {
-            let frontend = Frontend {
-                family: Family::of(packet.to),
-                lane,
-                address: lane.with_address().then_some(packet.to),
-                protocol: packet.protocol,
-                port: packet.port,
-            };
-            Some((frontend, self.desired.action(&frontend)?))
+        let packet = *packet;
+        lanes.into_iter().filter(|(_, looked_up)| *looked_up).map(move |(lane, _)| Frontend {
+            family: Family::of(packet.to),
+            lane,
+            address: lane.with_address().then_some(packet.to),
+            protocol: packet.protocol,
+            port: packet.port,
         })
     }
 
@@ -247,7 +278,6 @@ impl Snapshot {
         action: &Action,
         answer: &mut Explanation,
     ) {
-        answer.decided_by = Some(Unit::Frontend(frontend));
         let Some(owner) = self.desired.owner(&frontend) else { return };
         answer.service = Some(owner.to_string());
         let (plans, _) = self.objects.ports(owner, &[frontend.family]).unwrap_or_default();
@@ -303,7 +333,7 @@ impl Snapshot {
                     }
                 };
                 answer.affinity_seconds = affinity.map(|affinity| affinity.as_secs());
-                let masquerade = self.masquerade(*masquerade, answer.origin);
+                let masquerade = self.masquerade(*masquerade, frontend, packet, answer.origin);
                 answer.masquerade = Some(self.with_endpoints(masquerade, endpoints, packet));
             }
             Action::Drop => {
@@ -340,51 +370,6 @@ impl Snapshot {
         };
         let inside = Frontend { lane, ..*frontend };
         matches!(self.desired.action(&inside), Some(Action::Forward { .. }))
-    }
-
-    /// What of an answer about masquerading depends on where the endpoints are.
-    fn with_endpoints(
-        &self,
-        masquerade: (bool, &'static str),
-        endpoints: &[Endpoint],
-        packet: &Packet,
-    ) -> (bool, &'static str) {
-        let own = endpoints.iter().filter(|endpoint| endpoint.address == packet.from).count();
-        let all = endpoints.len();
-        match masquerade {
-            (true, _)
-                if self.config.mode != Mode::Userspace
-                    && endpoints.iter().all(|e| self.is_the_nodes(e.address)) =>
-            {
-                (false, "the endpoint is the node itself, so the packet doesn't leave it")
-            }
-            (false, _) if own > 0 && own == all => (true, "the endpoint is its own client"),
-            (false, _) if own > 0 => {
-                (false, "unless it is its own client, which sees the node's address")
-            }
-            other => other,
-        }
-    }
-
-    fn masquerade(&self, masquerade: Masquerade, origin: Origin) -> (bool, &'static str) {
-        if self.config.mode == Mode::Userspace {
-            return (true, "relays connect with the node's own address");
-        }
-        match masquerade {
-            Masquerade::Always => (true, "the endpoint may be on another node"),
-            Masquerade::Never => {
-                (false, "the endpoint is on this node (externalTrafficPolicy: Local)")
-            }
-            Masquerade::OffCluster if self.config.masquerade_all => (true, "masqueradeAll is set"),
-            Masquerade::OffCluster => match (&self.config.detect_local, origin) {
-                (_, Origin::Node) => (false, "the node's own address needs no hiding"),
-                (DetectLocal::Nothing, _) => {
-                    (false, "no range of pods is known, so nobody is known to be outside it")
-                }
-                (_, Origin::Pod) => (false, "the client is a pod"),
-                (_, Origin::Outside) => (true, "the client is outside the cluster"),
-            },
-        }
     }
 }
 

@@ -4,6 +4,12 @@ use super::*;
 use crate::{ProxyConfig, nftables::sources::SourcesId, snapshot::Objects};
 
 fn snapshot(config: ProxyConfig) -> Snapshot {
+    let (snapshot, refusals) = Snapshot::new(config, &objects());
+    assert_eq!(refusals, []);
+    snapshot
+}
+
+fn objects() -> Objects {
     let read = |value: Value| value;
     let service = |name: &str, spec: Value| json!({"metadata": {"name": name, "namespace": "d"}, "spec": spec});
     let slice = |service: &str, endpoints: Value| {
@@ -52,15 +58,12 @@ fn snapshot(config: ProxyConfig) -> Snapshot {
     let node = json!({"metadata": {"name": "here", "labels": {"topology.kubernetes.io/zone": "a"}},
         "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]}});
     let ranges = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
-    let objects = Objects {
+    Objects {
         services: services.map(|s| serde_json::from_value(read(s)).unwrap()).to_vec(),
         slices: slices.map(|s| serde_json::from_value(read(s)).unwrap()).to_vec(),
         service_cidrs: vec![serde_json::from_value(ranges).unwrap()],
         node: Some(serde_json::from_value(node).unwrap()),
-    };
-    let (snapshot, refusals) = Snapshot::new(config, &objects);
-    assert_eq!(refusals, []);
-    snapshot
+    }
 }
 
 fn config() -> ProxyConfig {
@@ -91,7 +94,7 @@ fn a_packet_is_followed_as_the_rules_lead_it() {
     let (web, lb) = (Some("d/web"), Some("d/lb"));
     let table: &[Case<'_>] = &[
         (POD, "10.96.0.1", 80, Forwarded, web, Some(false), &["10.244.1.1:8080"]),
-        (NODE, "10.96.0.1", 80, Forwarded, web, Some(false), &["10.244.1.1:8080"]),
+        (NODE, "10.96.0.1", 80, Forwarded, web, Some(true), &["10.244.1.1:8080"]),
         (OUTSIDE, "10.96.0.1", 80, Forwarded, web, Some(true), &["10.244.1.1:8080"]),
         (POD, "10.96.0.1", 81, Rejected, None, None, &[]),
         (POD, "10.96.9.9", 80, Dropped, None, None, &[]),
@@ -189,6 +192,16 @@ fn rules_are_named_as_the_mode_has_them() {
     }
 }
 
+/// Puts the rules for all objects into the kernel.
+fn in_force(host: &crate::netns::Namespace, mode: Mode) {
+    host.run(move || {
+        let snapshot = snapshot(ProxyConfig { mode, families: vec![Family::V4], ..config() });
+        let mut chosen = crate::start::choose(&snapshot.config).unwrap();
+        assert_eq!(chosen.mode, mode);
+        chosen.backends[0].synchronize(snapshot.goal()).unwrap();
+    });
+}
+
 #[test]
 fn the_kernel_is_asked_and_differences_are_told() {
     for (mode, edit) in [
@@ -205,15 +218,159 @@ fn the_kernel_is_asked_and_differences_are_told() {
             answer.kernel.unwrap()
         };
         assert_ne!(host.run(ask), [""; 0], "{mode:?}: nothing is there yet");
-        host.run(move || {
-            let config = ProxyConfig { mode, families: vec![Family::V4], ..config() };
-            let snapshot = snapshot(config);
-            let mut chosen = crate::start::choose(&snapshot.config).unwrap();
-            assert_eq!(chosen.mode, mode);
-            chosen.backends[0].synchronize(snapshot.goal()).unwrap();
-        });
+        in_force(&host, mode);
         assert_eq!(host.run(ask), [""; 0], "{mode:?}");
         host.sh(edit);
         assert_ne!(host.run(ask), [""; 0], "{mode:?}: after {edit}");
+    }
+}
+
+#[test]
+fn what_the_kernel_has_of_services_that_are_gone_is_told() {
+    for mode in [Mode::Nftables, Mode::Iptables] {
+        let host = crate::netns::Namespace::new();
+        host.sh("ip addr add 192.0.2.1/32 dev lo");
+        in_force(&host, mode);
+        let ask =
+            |from: &'static str, to: &'static str, port: u16, gone: &'static [&'static str]| {
+                let answer = host.run(move || {
+                    let mut objects = objects();
+                    let stays = |name: &Option<String>| !gone.contains(&name.as_deref().unwrap());
+                    objects.services.retain(|service| stays(&service.metadata.name));
+                    let config = ProxyConfig { mode, families: vec![Family::V4], ..config() };
+                    let (snapshot, _) = Snapshot::new(config, &objects);
+                    let mut answer = snapshot.explain(&packet(from, to, port));
+                    snapshot.check(&mut answer).unwrap();
+                    answer
+                });
+                (answer.verdict, answer.kernel.unwrap())
+            };
+        let rule = |element: &'static str, line: &'static str| match mode {
+            Mode::Nftables => element,
+            _ => line,
+        };
+        for (from, to, port, name, expected) in [
+            (
+                POD,
+                "10.96.0.1",
+                80,
+                "web",
+                rule("map services has", "KUBE-SERVICES -d 10.96.0.1/32"),
+            ),
+            (OUTSIDE, NODE, 30080, "lb", rule("map nodeports has", "-A KUBE-NODEPORTS -p tcp")),
+            (OUTSIDE, "198.51.100.9", 80, "lb", rule("map services has", "-d 198.51.100.9/32")),
+            (POD, "10.96.0.4", 80, "empty", rule("10.96.0.4 . tcp . 80", "-d 10.96.0.4/32")),
+        ] {
+            let what = format!("{mode:?} {to}:{port}");
+            let gone: &'static [&'static str] = Box::leak(Box::new([name]));
+            let (verdict, found) = ask(from, to, port, gone);
+            assert!(matches!(verdict, Verdict::Dropped | Verdict::NotServices), "{what}");
+            let shown = found.iter().any(|line| line.contains(expected) && line.contains("wants"));
+            assert!(shown, "{what}: {found:?}");
+            assert_eq!(ask(from, to, port, &[]).1, [""; 0], "{what}: nothing is gone");
+            // What others had is not this packet's matter.
+            assert_eq!(ask(from, "10.96.0.3", 80, gone).1, [""; 0], "{what}");
+        }
+    }
+}
+
+#[test]
+fn the_node_is_hidden_unless_it_is_among_the_pods() {
+    let ranges = |range: &str| DetectLocal::Ranges(vec![range.parse().unwrap()]);
+    for mode in [Mode::Nftables, Mode::Iptables] {
+        for (detect_local, cluster, node_port) in [
+            (ranges("10.244.0.0/16"), true, true),
+            (ranges("192.0.0.0/8"), false, false),
+            // A range of the other family tells nothing.
+            (ranges("fd00::/64"), false, true),
+            (DetectLocal::Nothing, false, true),
+            (DetectLocal::Interface("br0".into()), true, true),
+            (DetectLocal::InterfacePrefix("veth".into()), true, true),
+        ] {
+            let config = ProxyConfig { mode, detect_local: detect_local.clone(), ..config() };
+            let snapshot = snapshot(config);
+            let hidden = |to, port| {
+                let answer = snapshot.explain(&packet(NODE, to, port));
+                assert_eq!(answer.origin, Origin::Node);
+                answer.masquerade.unwrap().0
+            };
+            let found = (hidden("10.96.0.1", 80), hidden(NODE, 30080));
+            assert_eq!(found, (cluster, node_port), "{mode:?} {detect_local:?}");
+        }
+    }
+    // It is about cluster addresses.
+    let all = snapshot(ProxyConfig { masquerade_all: true, ..config() });
+    let masquerade = |to, port| all.explain(&packet(POD, to, port)).masquerade.unwrap().0;
+    assert_eq!((masquerade("10.96.0.1", 80), masquerade(NODE, 30080)), (true, false));
+}
+
+#[test]
+fn what_a_service_has_and_nobody_serves_says_why() {
+    use Verdict::{Answered, Dropped, NotServices};
+    let mut objects = objects();
+    let read = |value: Value| serde_json::from_value(value).unwrap();
+    objects.services.push(read(json!({
+        "metadata": {"name": "theirs", "namespace": "d",
+                     "labels": {"service.kubernetes.io/service-proxy-name": "mesh"}},
+        "spec": {"type": "NodePort", "clusterIP": "10.96.0.7", "externalIPs": ["198.51.100.7"],
+                 "ports": [{"port": 80, "nodePort": 30090}]}})));
+    objects.services.push(read(json!({
+        "metadata": {"name": "by-proxy", "namespace": "d"},
+        "spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.8", "externalTrafficPolicy": "Local",
+                 "healthCheckNodePort": 32000, "ports": [{"port": 80, "nodePort": 30091}]},
+        "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.8", "ipMode": "Proxy"}]}}})));
+    let everywhere = || NodePortAddresses::Ranges(vec!["0.0.0.0/0".parse().unwrap()]);
+    let ranges = NodePortAddresses::Ranges(vec!["203.0.113.0/24".parse().unwrap()]);
+    let nowhere = ProxyConfig { node_port_addresses: ranges, ..config() };
+    let all = ProxyConfig { node_port_addresses: everywhere(), ..config() };
+    let iptables = ProxyConfig { mode: Mode::Iptables, ..all.clone() };
+    let iptables = ProxyConfig { localhost_node_ports: false, ..iptables };
+    for (config, to, port, verdict, expected) in [
+        (&all, "127.0.0.1", 30080, NotServices, "the nftables mode serves none on loopback"),
+        (&iptables, "127.0.0.1", 30080, NotServices, "on loopback (localhostNodePorts)"),
+        (&nowhere, NODE, 30080, NotServices, "at 192.0.2.1 (nodePortAddresses)"),
+        (&all, "192.0.2.77", 30080, NotServices, "not known to be an address of this node"),
+        (&all, "198.51.100.8", 80, NotServices, "d/by-proxy with ipMode: Proxy"),
+        (&all, "198.51.100.7", 80, NotServices, "the Service d/theirs's, whose label"),
+        (&all, NODE, 30090, NotServices, "service-proxy-name: mesh"),
+        (&all, "10.96.0.7", 80, Dropped, "service-proxy-name: mesh"),
+        (&all, NODE, 32000, Answered, "none of the Service's endpoints on this node is ready"),
+        (&nowhere, NODE, 32000, NotServices, "no Service has this address and port"),
+        (&all, NODE, 32001, NotServices, "no Service has this address and port"),
+    ] {
+        let (snapshot, _) = Snapshot::new(config.clone(), &objects);
+        let answer = snapshot.explain(&packet(OUTSIDE, to, port));
+        assert_eq!(answer.verdict, verdict, "{answer}");
+        assert!(answer.reason.contains(expected), "{to}:{port}: {answer}");
+    }
+}
+
+#[test]
+fn hints_that_dont_decide_are_told() {
+    let hint = |zone: &str| json!({"forZones": [{"name": zone}]});
+    for (first, second, expected) in [
+        (
+            Some("a"),
+            None,
+            [
+                "ready; its hints are ignored, as another ready endpoint has none",
+                "ready; it has no hints, so those of the others are ignored",
+            ],
+        ),
+        (Some("b"), Some("c"), ["ready; hints are ignored, as none of them is for here"; 2]),
+        (None, None, ["ready"; 2]),
+    ] {
+        let mut objects = objects();
+        let endpoint = |address: &str, zone: Option<&str>| {
+            let mut endpoint = json!({"addresses": [address]});
+            zone.into_iter().for_each(|zone| endpoint["hints"] = hint(zone));
+            serde_json::from_value(endpoint).unwrap()
+        };
+        let both = vec![endpoint("10.244.1.1", first), endpoint("10.244.2.1", second)];
+        objects.slices[0].endpoints = Some(both);
+        let (snapshot, _) = Snapshot::new(config(), &objects);
+        let answer = snapshot.explain(&packet(POD, "10.96.0.1", 80));
+        let why: Vec<&str> = answer.endpoints.iter().map(|endpoint| endpoint.why).collect();
+        assert_eq!(why, expected);
     }
 }

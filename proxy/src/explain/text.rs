@@ -12,10 +12,16 @@ impl fmt::Display for Explanation {
             Origin::Outside => "outside the cluster",
         };
         writeln!(f, "packet      {} (from {origin})", self.packet)?;
+        writeln!(f, "proxy       that of the node {}", self.node)?;
+        for (n, note) in self.notes.iter().enumerate() {
+            let title = if n == 0 { "note" } else { "" };
+            writeln!(f, "{title:11} {note}")?;
+        }
         let verdict = match self.verdict {
             Verdict::Forwarded => "forwarded",
             Verdict::Dropped => "dropped",
             Verdict::Rejected => "rejected",
+            Verdict::Answered => "answered by the proxy itself",
             Verdict::NotServices => "not the proxy's business",
         };
         writeln!(f, "verdict     {verdict}: {}", self.reason)?;

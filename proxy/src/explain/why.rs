@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::model::{
     eligible::{Topology, merged_endpoints},
-    slices::{Slice, SliceEndpoint},
+    slices::{Hint, Slice, SliceEndpoint},
     table::PortPlan,
 };
 
@@ -37,11 +37,12 @@ pub(super) fn candidates<'a>(
     local: bool,
 ) -> Vec<Candidate> {
     let (all, _) = merged_endpoints(slices, plan.port, plan.family);
+    let unheeded = Unheeded::of(all.iter().map(|(_, state)| state));
     let chosen = if local { &plan.eligible.local } else { &plan.eligible.cluster };
     let candidates = all.into_iter().map(|(endpoint, state)| {
         let eligible = chosen.binary_search(&endpoint).is_ok();
         let why = if eligible {
-            why_eligible(&state, local, plan.eligible.topology)
+            why_eligible(&state, local, plan.eligible.topology, unheeded)
         } else {
             why_not(&state, local, plan.eligible.topology)
         };
@@ -50,13 +51,50 @@ pub(super) fn candidates<'a>(
     candidates.collect()
 }
 
-fn why_eligible(state: &SliceEndpoint, local: bool, topology: Topology) -> &'static str {
-    match (state.ready, local, topology) {
+/// Why hints don't decide although there are some.
+#[derive(Clone, Copy)]
+enum Unheeded {
+    /// A ready endpoint has none.
+    OneLacks,
+    /// All ready endpoints have one, but none is for here.
+    NoneHere,
+}
+
+impl Unheeded {
+    fn of<'a>(states: impl Iterator<Item = &'a SliceEndpoint> + Clone) -> Option<Self> {
+        let ready = || states.clone().filter(|state| state.ready);
+        let lacks = |hint: fn(&SliceEndpoint) -> Hint| {
+            let count = ready().filter(|state| hint(state) == Hint::Absent).count();
+            (count < ready().count()).then_some(count > 0)
+        };
+        let lacking = lacks(|state| state.zone_hint).or_else(|| lacks(|state| state.node_hint))?;
+        Some(if lacking { Self::OneLacks } else { Self::NoneHere })
+    }
+}
+
+fn why_eligible(
+    state: &SliceEndpoint,
+    local: bool,
+    topology: Topology,
+    unheeded: Option<Unheeded>,
+) -> &'static str {
+    match (state.ready, local, topology, unheeded) {
         (false, ..) => "it terminates, but serves still, and none is ready",
-        (true, true, _) => "ready, and on this node",
-        (true, false, Topology::Anywhere) => "ready",
-        (true, false, Topology::Node) => "ready, and its hints name this node",
-        (true, false, Topology::Zone) => "ready, and its hints name this zone",
+        (true, true, ..) => "ready, and on this node",
+        (true, false, Topology::Node, _) => "ready, and its hints name this node",
+        (true, false, Topology::Zone, _) => "ready, and its hints name this zone",
+        (true, false, Topology::Anywhere, None) => "ready",
+        (true, false, Topology::Anywhere, Some(Unheeded::OneLacks)) => {
+            match (state.zone_hint, state.node_hint) {
+                (Hint::Absent, Hint::Absent) => {
+                    "ready; it has no hints, so those of the others are ignored"
+                }
+                _ => "ready; its hints are ignored, as another ready endpoint has none",
+            }
+        }
+        (true, false, Topology::Anywhere, Some(Unheeded::NoneHere)) => {
+            "ready; hints are ignored, as none of them is for here"
+        }
     }
 }
 

@@ -63,7 +63,7 @@ pub(crate) use self::{
     cleanup::{cleanup, cleanup_other_variant},
     text::text,
 };
-pub(crate) use compare::missing;
+pub(crate) use compare::differences;
 
 use crate::{
     config::{DetectLocal, NodePortAddresses},

@@ -36,7 +36,7 @@ impl Layout {
     ///
     /// What the node itself sends has no interface to come in by, so where pods are told by their
     /// interface, the node is not one of them, as with kube-proxy.
-    pub(super) fn not_from_pods(&self) -> Option<Vec<Expression>> {
+    pub(crate) fn not_from_pods(&self) -> Option<Vec<Expression>> {
         let steps = self.detect(Comparison::NotEqual).concat();
         (!steps.is_empty()).then_some(steps)
     }

@@ -88,9 +88,13 @@ pub(crate) fn differences(
         let list = |elements: &mut dyn Iterator<Item = &Element>| {
             elements.map(|element| element_text(&set, element)).collect::<Vec<_>>().join(", ")
         };
-        if !excess.is_empty() {
-            let list = list(&mut excess.iter());
-            lines.push(format!("{kind} {name} has something else at {{ {list} }}"));
+        let (other, unwanted): (Vec<&Element>, Vec<&Element>) =
+            excess.iter().partition(|element| lacks.iter().any(|lack| lack.key == element.key));
+        for (what, elements) in [("something else at", other), ("what nobody wants:", unwanted)] {
+            if !elements.is_empty() {
+                let list = list(&mut elements.into_iter());
+                lines.push(format!("{kind} {name} has {what} {{ {list} }}"));
+            }
         }
         if !lacks.is_empty() {
             lines.push(format!("{kind} {name} lacks {{ {} }}", list(&mut lacks.into_iter())));
