@@ -1,6 +1,6 @@
 //! `keelson explain packet`: where a packet goes, and why.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context, anyhow, bail};
 use http_body_util::{BodyExt, Empty, Limited};
@@ -11,7 +11,7 @@ use k8s_openapi::api::{
     networking::v1::ServiceCIDR,
 };
 use keelson_api::object::ObjectKey;
-use keelson_proxy::{Objects, Packet, ProxyConfig, Snapshot};
+use keelson_proxy::{DetectLocal, Objects, Packet, ProxyConfig, Snapshot};
 use kube::{Api, Client, api::ListParams};
 
 use crate::{
@@ -39,10 +39,15 @@ pub(crate) fn packet(args: &ExplainPacketArgs) -> anyhow::Result<()> {
     let to = Place::parse("--to", &args.to)?;
     crate::runtime()?.block_on(async {
         let mut config = config(args).await?;
+        let elsewhere = args.node.as_ref().is_some_and(|name| *name != config.node_name);
         if let Some(name) = &args.node {
             config.node_name.clone_from(name);
             config.node_ips.clear();
         }
+        let by_interface = matches!(
+            config.detect_local,
+            DetectLocal::Interface(_) | DetectLocal::InterfacePrefix(_)
+        );
         let known = if args.services.is_empty() {
             from_api(args, &config.node_name, &from).await?
         } else {
@@ -59,10 +64,15 @@ pub(crate) fn packet(args: &ExplainPacketArgs) -> anyhow::Result<()> {
             }
             snapshot = snapshot.with_local_addresses(own);
         }
-        let packet = Around { known, here, nodes }.packet(&from, &to, args)?;
+        let around = Around { known, here, nodes };
+        let packet = around.packet(&from, &to, args)?;
         let mut answer = snapshot.explain(&packet);
-        // Objects from files are not those that the kernel's rules were made of.
+        answer.notes.extend(around.on_another_node(&from, &packet));
+        answer.notes.extend(around.unknown(by_interface));
+        // Objects from files, or as another node has them, are not those that the kernel's rules
+        // were made of.
         if args.services.is_empty()
+            && !elsewhere
             && nix::unistd::geteuid().is_root()
             && let Err(error) = snapshot.check(&mut answer)
         {
@@ -72,7 +82,10 @@ pub(crate) fn packet(args: &ExplainPacketArgs) -> anyhow::Result<()> {
             OutputFormat::Text => print!("{answer}"),
             OutputFormat::Json => println!("{}", serde_json::to_string_pretty(&answer)?),
         }
-        Ok(())
+        match around.known.unread {
+            0 => Ok(()),
+            count => bail!("the answer lacks what could not be read ({count}, named above)"),
+        }
     })
 }
 
@@ -159,17 +172,66 @@ impl Around {
         }
     }
 
+    /// What is to be said where the client is a pod whose packets another node's proxy sees first.
+    fn on_another_node(&self, from: &Place, packet: &Packet) -> Option<String> {
+        let pod = self.known.pods.iter().find(|pod| match from {
+            Place::Object(key) => ObjectKey::of(&pod.metadata) == *key,
+            Place::Address(address) => has(pod, *address) && !is_over(pod),
+            Place::Node => false,
+        })?;
+        let node = pod.spec.as_ref()?.node_name.as_deref()?;
+        // What is sent to this node gets here as it is.
+        if node == self.here || self.nodes.contains(&packet.to) {
+            return None;
+        }
+        Some(format!(
+            "pod {} runs on the node {node}, whose own proxy decides where its packets go; this is \
+             what the proxy of {} would do with them: ask there, or with --node {node}",
+            ObjectKey::of(&pod.metadata),
+            self.here
+        ))
+    }
+
+    /// What is not known of the client, and why.
+    fn unknown(&self, by_interface: bool) -> Option<String> {
+        let why = self.known.pods_unread.as_deref()?;
+        Some(if by_interface {
+            format!(
+                "pods can't be read ({why}): pods are told by their interface, so whether the client \
+                 is a pod of this node is not known, and it counts as from outside; for a pod other \
+                 endpoints may be eligible, and its address isn't hidden (name it with --from pod \
+                 NAMESPACE/NAME)"
+            )
+        } else {
+            format!(
+                "pods can't be read ({why}): if the client is a pod of another node, that node's \
+                 proxy decides"
+            )
+        })
+    }
+
     fn cluster_addresses(&self, key: &ObjectKey) -> anyhow::Result<Vec<IpAddr>> {
         let mut services = self.known.objects.services.iter();
         let service = services.find(|service| ObjectKey::of(&service.metadata) == *key);
         let service = service.with_context(|| format!("there is no Service {key}"))?;
         let spec = service.spec.clone().unwrap_or_default();
-        let texts = spec.cluster_ips.into_iter().flatten().chain(spec.cluster_ip);
+        let texts = spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip);
         let addresses: Vec<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
-        if addresses.is_empty() {
+        if spec.type_.as_deref() == Some("ExternalName") {
+            let name = spec.external_name.unwrap_or_default();
             bail!(
-                "Service {key} has no cluster address: its name leads to its endpoints themselves"
+                "Service {key} is an ExternalName: it has no address and no endpoints, its name is \
+                 an alias (CNAME) of {name:?}"
             );
+        }
+        if spec.cluster_ip.as_deref() == Some("None") {
+            bail!(
+                "Service {key} is headless: it has no cluster address, its name leads to its \
+                 endpoints themselves"
+            );
+        }
+        if addresses.is_empty() {
+            bail!("Service {key} has no cluster address");
         }
         Ok(addresses)
     }
@@ -183,6 +245,12 @@ fn pod_addresses(pod: &Pod) -> impl Iterator<Item = IpAddr> {
 
 fn has(pod: &Pod, address: IpAddr) -> bool {
     pod_addresses(pod).any(|a| a == address)
+}
+
+/// Whether its address may be another pod's by now.
+fn is_over(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
 }
 
 fn on(pod: &Pod, node: &str) -> bool {
@@ -238,9 +306,14 @@ async fn page(path: &str) -> anyhow::Result<Bytes> {
 }
 
 /// What is known of the cluster.
+#[derive(Default)]
 struct Known {
     objects: Objects,
     pods: Vec<Pod>,
+    /// Why pods could not be read.
+    pods_unread: Option<String>,
+    /// How much could not be read in files.
+    unread: usize,
 }
 
 fn from_manifests(args: &ExplainPacketArgs, config: &mut ProxyConfig) -> anyhow::Result<Known> {
@@ -252,13 +325,14 @@ fn from_manifests(args: &ExplainPacketArgs, config: &mut ProxyConfig) -> anyhow:
     if let Some(name) = manifests.objects.node.as_ref().and_then(|n| n.metadata.name.clone()) {
         config.node_name = name;
     }
-    Ok(Known { objects: manifests.objects, pods: manifests.pods })
+    let unread = manifests.problems.len();
+    Ok(Known { objects: manifests.objects, pods: manifests.pods, unread, ..Known::default() })
 }
 
 async fn from_api(args: &ExplainPacketArgs, node: &str, from: &Place) -> anyhow::Result<Known> {
     let path = match &args.kubeconfig {
         Some(path) => path.clone(),
-        None => Paths::new(args.data.data_dir.as_deref()).context("data folder")?.admin_kubeconfig,
+        None => own_kubeconfig(args)?,
     };
     let client = run::client(&path).await?;
     let all = ListParams::default();
@@ -266,16 +340,42 @@ async fn from_api(args: &ExplainPacketArgs, node: &str, from: &Place) -> anyhow:
     let slices = Api::all(client.clone()).list(&all).await.context("list EndpointSlices")?.items;
     let node = Api::<Node>::all(client.clone()).get_opt(node).await.context("get the Node")?;
     let service_cidrs = service_cidrs(client.clone()).await?;
+    let mut pods_unread = None;
     let pods = match from {
         Place::Object(key) => pod(client, key).await?.into_iter().collect(),
         Place::Address(address) => {
             let its = ListParams::default().fields(&format!("status.podIP={address}"));
-            // An API without this selector leaves it to the ranges of pods.
-            Api::<Pod>::all(client).list(&its).await.map(|l| l.items).unwrap_or_default()
+            let listed = Api::<Pod>::all(client).list(&its).await;
+            listed.map(|list| list.items).unwrap_or_else(|error| {
+                pods_unread = Some(reason(&error));
+                Vec::new()
+            })
         }
         Place::Node => Vec::new(),
     };
-    Ok(Known { objects: Objects { services, slices, service_cidrs, node }, pods })
+    let objects = Objects { services, slices, service_cidrs, node };
+    Ok(Known { objects, pods, pods_unread, unread: 0 })
+}
+
+/// Why a request failed, in a line.
+fn reason(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("{}: {}", status.code, status.message),
+        other => other.to_string(),
+    }
+}
+
+/// The kubeconfig of `keelson up` on this machine.
+fn own_kubeconfig(args: &ExplainPacketArgs) -> anyhow::Result<PathBuf> {
+    let path = Paths::new(args.data.data_dir.as_deref()).context("data folder")?.admin_kubeconfig;
+    if let Err(error) = std::fs::File::open(&path) {
+        bail!(
+            "no cluster of this machine's to ask ({}: {error}): name the kubeconfig of one with \
+             --kubeconfig FILE, or manifests to go by instead with --services PATH",
+            path.display()
+        );
+    }
+    Ok(path)
 }
 
 /// The ranges of Services; none from an API that doesn't show them, as the proxy has it.
@@ -292,62 +392,4 @@ async fn pod(client: Client, key: &ObjectKey) -> anyhow::Result<Option<Pod>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-    use crate::cli::{Command, ExplainCommand};
-
-    #[test]
-    fn both_ends_are_of_one_family() {
-        let services = serde_json::json!([{"metadata": {"name": "web", "namespace": "d"},
-            "spec": {"clusterIPs": ["10.96.0.1", "fd00::1"]}}]);
-        let pods = serde_json::json!([{"metadata": {"name": "six", "namespace": "d"},
-            "spec": {"nodeName": "n", "containers": []},
-            "status": {"podIPs": [{"ip": "fd01::5"}]}}]);
-        let objects =
-            Objects { services: serde_json::from_value(services).unwrap(), ..Objects::default() };
-        let known = Known { objects, pods: serde_json::from_value(pods).unwrap() };
-        let nodes = ["192.0.2.1", "2001:db8::1"].map(|node| node.parse().unwrap()).to_vec();
-        let around = Around { known, here: "n".into(), nodes };
-        let (web, six) = (ObjectKey::new("d", "web"), ObjectKey::new("d", "six"));
-        let (web, six) = (|| Place::Object(web.clone()), || Place::Object(six.clone()));
-        let at = |text: &str| Place::Address(text.parse().unwrap());
-        let args = ["keelson", "explain", "packet", "--from=node", "--to=node", "--port=1"];
-        let args = crate::cli::Cli::try_parse_from(args).unwrap().command;
-        let Command::Explain(ExplainCommand::Packet(args)) = args else { panic!("{args:?}") };
-        for (from, to, expected) in [
-            (at("203.0.113.7"), web(), ["203.0.113.7", "10.96.0.1"]),
-            (at("2001:db8::9"), web(), ["2001:db8::9", "fd00::1"]),
-            (Place::Node, web(), ["192.0.2.1", "10.96.0.1"]),
-            (Place::Node, at("fd00::1"), ["2001:db8::1", "fd00::1"]),
-            (six(), web(), ["fd01::5", "fd00::1"]),
-            (at("203.0.113.7"), at("fd00::1"), ["203.0.113.7", "fd00::1"]),
-            (at("203.0.113.7"), Place::Node, ["203.0.113.7", "192.0.2.1"]),
-        ] {
-            let targets = around.targets(&to).unwrap();
-            let (client, _) = around.client(&from, &targets).unwrap();
-            let packet = around.packet(&from, &to, &args).unwrap();
-            assert_eq!([client.to_string(), packet.to.to_string()], expected, "{from:?} {to:?}");
-        }
-        assert!(around.client(&six(), &[[10, 0, 0, 1].into()]).is_err(), "it has none of IPv4");
-        assert!(around.client(&six(), &around.targets(&web()).unwrap()).unwrap().1, "it is here");
-    }
-
-    #[test]
-    fn places_are_addresses_objects_or_the_node() {
-        let parse = |flag, words: &[&str]| {
-            let words: Vec<String> = words.iter().map(|w| (*w).to_owned()).collect();
-            Place::parse(flag, &words)
-        };
-        assert_eq!(parse("--from", &["node"]).unwrap(), Place::Node);
-        let pod = Place::Object(ObjectKey::new("a", "b"));
-        assert_eq!(parse("--from", &["pod", "a/b"]).unwrap(), pod);
-        let service = Place::Object(ObjectKey::new("default", "b"));
-        assert_eq!(parse("--to", &["service", "b"]).unwrap(), service);
-        assert!(matches!(parse("--to", &["10.0.0.1"]), Ok(Place::Address(_))));
-        for words in [&["x"][..], &["service", "a/b"], &["pod", "a", "b"]] {
-            assert!(parse("--from", words).is_err(), "{words:?}");
-        }
-    }
-}
+mod tests;

@@ -29,7 +29,7 @@ pub(crate) struct ExplainPacketArgs {
     #[arg(long, value_name = "ADDRESS", num_args = 1..=2, required = true)]
     pub(crate) to: Vec<String>,
     /// And at which port
-    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "PORT", value_parser = port)]
     pub(crate) port: u16,
     /// And how: tcp, udp or sctp
     #[arg(long, value_name = "NAME", default_value = "tcp")]
@@ -58,4 +58,9 @@ pub(crate) enum OutputFormat {
     Text,
     /// One JSON object
     Json,
+}
+
+fn port(text: &str) -> Result<u16, &'static str> {
+    let number = text.parse().ok().filter(|port| *port > 0);
+    number.ok_or("a number from 1 to 65535 is wanted")
 }
