@@ -2,8 +2,9 @@
 //!
 //! Three things can be with a field. It is supported: it takes effect. It is documented but not
 //! supported here: a warning names it. It is wrong (unknown, or of another type): an error names it
-//! with its line, beside everything else that is wrong, and nothing starts. kube-proxy goes on with a warning where a field is unknown or
-//! stands twice, and so does this ([`Unknown::Warned`]): old files keep fields that are long gone.
+//! with its line, beside everything else that is wrong, and nothing starts. kube-proxy goes on with
+//! a warning where a field is unknown or stands twice, and so does this ([`Unknown::Warned`]): old
+//! files keep fields that are long gone.
 
 pub(crate) mod duration;
 mod kubelet;
