@@ -1,3 +1,4 @@
+use k8s_openapi::api::core::v1::Service as ApiService;
 use serde_json::{Value, json};
 
 use super::*;
@@ -308,17 +309,24 @@ fn the_node_is_hidden_unless_it_is_among_the_pods() {
 fn what_a_service_has_and_nobody_serves_says_why() {
     use Verdict::{Answered, Dropped, NotServices};
     let mut objects = objects();
-    let read = |value: Value| serde_json::from_value(value).unwrap();
+    let read = |value: Value| serde_json::from_value::<ApiService>(value).unwrap();
     objects.services.push(read(json!({
         "metadata": {"name": "theirs", "namespace": "d",
                      "labels": {"service.kubernetes.io/service-proxy-name": "mesh"}},
         "spec": {"type": "NodePort", "clusterIP": "10.96.0.7", "externalIPs": ["198.51.100.7"],
                  "ports": [{"port": 80, "nodePort": 30090}]}})));
     objects.services.push(read(json!({
-        "metadata": {"name": "by-proxy", "namespace": "d"},
+        "metadata": {"name": "by-proxy", "namespace": "d",
+                     "creationTimestamp": "2020-01-01T00:00:00Z"},
         "spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.8", "externalTrafficPolicy": "Local",
                  "healthCheckNodePort": 32000, "ports": [{"port": 80, "nodePort": 30091}]},
         "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.8", "ipMode": "Proxy"}]}}})));
+    for name in ["a-younger", "z-younger"] {
+        let mut younger = objects.services.last().unwrap().clone();
+        younger.metadata = read(json!({"metadata": {"name": name, "namespace": "d"}})).metadata;
+        (younger.status, younger.spec.as_mut().unwrap().ports) = (None, None);
+        objects.services.insert(0, younger);
+    }
     let everywhere = || NodePortAddresses::Ranges(vec!["0.0.0.0/0".parse().unwrap()]);
     let ranges = NodePortAddresses::Ranges(vec!["203.0.113.0/24".parse().unwrap()]);
     let nowhere = ProxyConfig { node_port_addresses: ranges, ..config() };
@@ -342,6 +350,8 @@ fn what_a_service_has_and_nobody_serves_says_why() {
         let answer = snapshot.explain(&packet(OUTSIDE, to, port));
         assert_eq!(answer.verdict, verdict, "{answer}");
         assert!(answer.reason.contains(expected), "{to}:{port}: {answer}");
+        let asked = (verdict == Answered).then_some("d/by-proxy");
+        assert_eq!(answer.service.as_deref(), asked, "the older has the port");
     }
 }
 

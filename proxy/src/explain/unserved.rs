@@ -114,8 +114,10 @@ impl Snapshot {
         if !listened || packet.protocol != Protocol::Tcp {
             return None;
         }
-        let mut keys = self.objects.keys();
-        keys.find(|key| self.objects.health_check_port(key) == Some(packet.port))
+        let keys = self.objects.keys();
+        let wanted = keys.filter(|key| self.objects.health_check_port(key) == Some(packet.port));
+        // The older of two has it.
+        wanted.min_by_key(|key| (self.objects.created(key), *key))
     }
 
     /// Whose node port it would be at another address.
