@@ -38,6 +38,9 @@ fn a_service_with_a_port_of_sctp_gets_an_event_and_its_other_ports_are_served() 
     let config = ProxyConfig { mode: Mode::Userspace, ..ProxyConfig::new("here") };
     let api = ApiServer { lists: listed, events: Some(sender) };
     let (shutdown, running) = api.run(&host, config);
+    let started = events.recv_timeout(PATIENCE).unwrap();
+    let told = [&started["involvedObject"]["kind"], &started["reason"]].map(Value::as_str);
+    assert_eq!(told, [Some("Node"), Some("Starting")], "{started}");
     let event = events.recv_timeout(PATIENCE).unwrap();
     assert_eq!(event["involvedObject"]["name"], "calls", "{event}");
     let told = [&event["type"], &event["reason"]].map(|text| text.as_str().unwrap());
