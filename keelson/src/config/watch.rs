@@ -156,6 +156,8 @@ mod tests {
     }
 
     async fn write_after(time: Duration, path: PathBuf, content: &str) {
+        // The test's clock is paused: this places the write between two of the watch's looks, and
+        // takes no time.
         tokio::time::sleep(time + CHECK / 2).await;
         std::fs::write(path, content).unwrap();
     }

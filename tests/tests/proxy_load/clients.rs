@@ -111,6 +111,7 @@ impl Clients {
                 if let Err(broken) = asked {
                     shared.failed(&who, began, broken);
                 }
+                // Nothing to wait for: so the client's rate is held down.
                 thread::sleep(PAUSE * u32::from(1 + (port - first) / SLOWER_AFTER));
             }
             panic!("{who}: all {PORTS} ports were used before the test's end");
